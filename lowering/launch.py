@@ -1,0 +1,174 @@
+"""Running a recurrence on a target: allocate the results, place all tensors in one index space, call the kernel.
+
+The same allocation serves the kernels and their fake implementations, so the strides Inductor is told are those it gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from snn_compile.ir.recurrence import Recurrence
+from snn_compile.lowering.layout import Layout, Placement, place
+from snn_compile.lowering.ops import opmath
+
+Direction = Literal["forward", "backward"]
+#: ``kernel(tensors, placement, steps)`` fills the result tensors, which come after the operands.
+Kernel = Callable[[Sequence[Tensor], Placement, int], None]
+
+
+class Target(Protocol):
+    """One kind of code to generate: `lowering/cpp`, `lowering/triton`.
+
+    Tensors of a forward kernel: ``inits, xs, consts | ys, finals``; of a backward kernel: ``inits, xs, consts, ct_ys,
+    ct_finals (both: the differentiable ones) | grad_inits, grad_xs, grad_consts (those that are needed)``.
+    """
+
+    name: str
+
+    def missing(self) -> str | None:
+        """What this machine lacks to compile for the target, in words; None where nothing is."""
+
+    def source(self, recurrence: Recurrence, direction: Direction, layout: Layout) -> str:
+        """The kernel's text: deterministic, no paths, no hashes."""
+
+    def kernel(self, recurrence: Recurrence, direction: Direction, layout: Layout) -> Kernel:
+        """Compile (or find in a cache) the kernel of that source."""
+
+
+# ---------------------------------------------------------------------------------------------------------- allocation
+
+
+def _dense_like(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An empty tensor of `shape` that keeps the layout of `tensor` where that is dense and of this shape."""
+    if tensor.shape == torch.Size(shape) and torch._prims_common.is_non_overlapping_and_dense(tensor):
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=tensor.device)
+    return torch.empty(shape, dtype=dtype, device=tensor.device)
+
+
+def _layout_source(recurrence: Recurrence, operands: Sequence[Tensor], shape: torch.Size) -> Tensor:
+    """The operand whose layout a pointwise result takes over: the first one that has the whole shape."""
+    first = len(recurrence.carries)
+    for x in operands[first : first + len(recurrence.xs)]:
+        if x.shape[1:] == shape and x.shape[0] != 0:
+            return x[0]
+    for operand in (*operands[:first], *operands[first + len(recurrence.xs) :]):
+        if operand.shape == shape:
+            return operand
+    return operands[0].new_empty(shape)
+
+
+def allocate_results(recurrence: Recurrence, operands: Sequence[Tensor], steps: int) -> list[Tensor]:
+    """``ys`` contiguous, with time at their own dim (as `torch.stack` gives them); ``finals`` in the operands' layout."""
+    shape = recurrence.shape(operands)
+    device = operands[0].device
+    results = []
+    for y in recurrence.ys:
+        d = y.time_dim % (len(shape) + 1)
+        results.append(torch.empty((*shape[:d], steps, *shape[d:]), dtype=y.dtype, device=device))
+    if recurrence.finals:
+        like = _layout_source(recurrence, operands, shape)
+        results += [_dense_like(like, shape, c.dtype) for c in recurrence.finals]
+    return results
+
+
+def allocate_gradients(recurrence: Recurrence, operands: Sequence[Tensor], steps: int) -> list[Tensor]:
+    """One gradient a needed operand, not yet summed over broadcast dims; constants accumulate in fp32 or wider."""
+    shape = recurrence.shape(operands)
+    n, m = len(recurrence.carries), len(recurrence.xs)
+    inits, xs, consts = operands[:n], operands[n : n + m], operands[n + m :]
+    gradients = [
+        _dense_like(i, shape, c.dtype) for i, c in zip(inits, recurrence.carries, strict=True) if c.init_needs_grad
+    ]
+    gradients += [
+        _dense_like(x, (steps, *shape), spec.dtype) for x, spec in zip(xs, recurrence.xs, strict=True) if spec.needs_grad
+    ]
+    gradients += [
+        _dense_like(c, shape, opmath(spec.dtype))
+        for c, spec in zip(consts, recurrence.consts, strict=True)
+        if spec.needs_grad
+    ]
+    return gradients
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+def run_forward(recurrence: Recurrence, target: Target, operands: Sequence[Tensor], steps: int) -> list[Tensor]:
+    """``operands -> ys, finals``; T = 0 gives empty outputs and the initial states."""
+    shape = recurrence.shape(operands)
+    results = allocate_results(recurrence, operands, steps)
+    wide, timed = _widen_operands(recurrence, operands, shape)
+    wide += [r.movedim(y.time_dim, 0) for r, y in zip(results, recurrence.ys, strict=False)]
+    wide += results[len(recurrence.ys) :]
+    timed += [True] * len(recurrence.ys) + [False] * len(recurrence.finals)
+    _call(recurrence, target, "forward", shape, wide, timed, steps)
+    return results
+
+
+def run_backward(
+    recurrence: Recurrence,
+    target: Target,
+    operands: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+    steps: int,
+) -> list[Tensor]:
+    """``operands, cotangents of the differentiable results -> gradients``; a cotangent of None is zero."""
+    shape = recurrence.shape(operands)
+    gradients = allocate_gradients(recurrence, operands, steps)
+    wide, timed = _widen_operands(recurrence, operands, shape)
+    outputs = recurrence.differentiable_ys
+    finals = [c for c in recurrence.finals if c.differentiable]
+    for i, spec in enumerate((*outputs, *finals)):
+        ct = cotangents[i]
+        is_y = i < len(outputs)
+        if ct is None:  # no memory traffic: every stride is zero
+            ct = torch.zeros((), dtype=spec.dtype, device=operands[0].device)
+            ct = ct.expand((steps, *shape) if is_y else shape)
+        elif is_y:
+            ct = ct.movedim(outputs[i].time_dim, 0)
+        wide.append(ct)
+        timed.append(is_y)
+    wide += gradients
+    n_inits = sum(c.init_needs_grad for c in recurrence.carries)
+    n_xs = sum(x.needs_grad for x in recurrence.xs)
+    timed += [n_inits <= i < n_inits + n_xs for i in range(len(gradients))]
+    _call(recurrence, target, "backward", shape, wide, timed, steps)
+    return gradients
+
+
+def _widen_operands(
+    recurrence: Recurrence, operands: Sequence[Tensor], shape: torch.Size
+) -> tuple[list[Tensor], list[bool]]:
+    first, last = len(recurrence.carries), len(recurrence.carries) + len(recurrence.xs)
+    timed = [first <= i < last for i in range(len(operands))]
+    wide = [_widen(o, shape, t) for o, t in zip(operands, timed, strict=True)]
+    return wide, timed
+
+
+def _widen(tensor: Tensor, shape: torch.Size, timed: bool) -> Tensor:
+    if timed:
+        if tensor.shape[1:] == shape:
+            return tensor
+        tensor = tensor.reshape(tensor.shape[0], *(1,) * (len(shape) + 1 - tensor.dim()), *tensor.shape[1:])
+        return tensor.expand(tensor.shape[0], *shape)
+    return tensor if tensor.shape == shape else tensor.expand(shape)
+
+
+def _call(
+    recurrence: Recurrence,
+    target: Target,
+    direction: Direction,
+    shape: torch.Size,
+    tensors: list[Tensor],
+    timed: list[bool],
+    steps: int,
+) -> None:
+    if shape.numel() == 0:
+        return
+    placement = place(shape, tensors, timed)
+    kernel = target.kernel(recurrence, direction, placement.layout)
+    kernel(tensors, placement, steps)

@@ -1,0 +1,271 @@
+"""Torch-level step -> pointwise ATen step and its backward step.
+
+    step(v, x): h = v + (x - v)/2; s = Surrogate.apply(h - 1); v = h*(1 - s)
+
+    ->  step:      sub = x - v; div = sub/2; h = v + div; ...; return (v', s)
+        backward:  the vector-Jacobian product of the step, from autograd itself
+
+The step is run once under `make_fx` on fake tensors with PyTorch's own autograd switched on, so that a surrogate
+gradient, a straight-through `detach`, a `no_grad` region and a learnable threshold all mean what they mean in eager.
+Only this O(1) body is ever traced to ATen (design, decision 1).
+
+Every operand is expanded to the recurrence's shape before tracing: then no op broadcasts, no gradient needs a reduction,
+and each value of the graphs is one scalar a lane. Gradients of operands that were broadcast are summed over the lanes
+outside the kernel. A 0-d operand that needs no gradient stays 0-d, because dimensionless tensors take no part in type
+promotion.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import fx
+from torch._decomp import core_aten_decompositions
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
+
+from snn_compile.errors import Reject
+from snn_compile.ir.recurrence import Carry, Const, Output, Recurrence, TimeSeries
+
+aten = torch.ops.aten
+
+#: Ops that hand their first operand on unchanged once every operand has the recurrence's shape.
+IDENTITIES = {
+    aten.detach.default,
+    aten.alias.default,
+    aten.clone.default,
+    aten.expand.default,
+    aten.lift_fresh_copy.default,
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.contiguous.default,
+}
+
+Supported = Callable[[fx.Node], bool]
+
+
+def trace_step(
+    body: Callable[..., Sequence[torch.Tensor]],
+    *,
+    name: str,
+    carries: Sequence[Carry],
+    xs: Sequence[TimeSeries],
+    consts: Sequence[Const],
+    ys: Sequence[Output],
+    shape: Sequence[int],
+    device: torch.device | str = "cpu",
+    supported: Supported = lambda node: True,
+) -> Recurrence:
+    """Trace ``body(*carries, *xs, *consts) -> (*next_carries, *ys)`` into a `Recurrence`.
+
+    The dtypes of `ys`, and which carries and outputs are differentiable, are found here; the rest of the signature is the
+    caller's. `supported` says whether a target can lower a node; an op that it refuses is decomposed before it is given up.
+
+    Raises `Reject` where the step is not pointwise over `shape`.
+    """
+    shape = tuple(int(s) for s in shape)
+    with FakeTensorMode():
+        operands = [torch.empty(shape, dtype=o.dtype, device=device) for o in (*carries, *xs)]
+        operands += [torch.empty(() if c.is_scalar else shape, dtype=c.dtype, device=device) for c in consts]
+    carries, ys, needs_grad = _find_differentiable(body, operands, carries, xs, consts, ys)
+
+    def forward(*args: torch.Tensor) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return list(body(*args))
+
+    placeholder_names = [o.name for o in (*carries, *xs, *consts)]
+    step = _trace(forward, operands, placeholder_names, supported, shape)
+    _check_step(step, carries)
+    recurrence = Recurrence(name, tuple(carries), tuple(xs), tuple(consts), tuple(ys), step)
+    if any(needs_grad):
+        recurrence.backward = _trace_backward(body, operands, needs_grad, recurrence, supported, shape)
+    return recurrence
+
+
+def _find_differentiable(body, operands, carries, xs, consts, ys):  # type: ignore[no-untyped-def]
+    """Fixpoint: a carry is differentiable if its initial value is, or if the step makes it so."""
+    n = len(carries)
+    flags = [c.init_needs_grad for c in carries]
+    fixed = [o.needs_grad for o in (*xs, *consts)]
+    while True:
+        needs_grad = [*flags, *fixed]
+        with torch.enable_grad():
+            out = body(*_leaves(operands, needs_grad))
+        for value, what in zip(out, (*carries, *ys), strict=True):
+            if not isinstance(value, torch.Tensor):
+                raise Reject(f"'{what.name}' is a {type(value).__name__} inside the loop, not a tensor")
+        new = [f or o.requires_grad for f, o in zip(flags, out, strict=False)]
+        if new == flags:
+            break
+        flags = new
+    carries = [replace(c, differentiable=f) for c, f in zip(carries, flags, strict=True)]
+    ys = [replace(y, dtype=o.dtype, differentiable=o.requires_grad) for y, o in zip(ys, out[n:], strict=True)]
+    return carries, ys, needs_grad
+
+
+def _leaves(operands: Sequence[torch.Tensor], needs_grad: Sequence[bool]) -> list[torch.Tensor]:
+    return [o.detach().requires_grad_() if g else o.detach() for o, g in zip(operands, needs_grad, strict=True)]
+
+
+def _trace_backward(body, operands, needs_grad, recurrence, supported, shape):  # type: ignore[no-untyped-def]
+    n, m = len(operands), len(recurrence.carries)
+    differentiable = [c.differentiable for c in recurrence.carries] + [y.differentiable for y in recurrence.ys]
+
+    def backward(*args: torch.Tensor) -> list[torch.Tensor | None]:
+        leaves = _leaves(args[:n], needs_grad)
+        with torch.enable_grad():
+            out = list(body(*leaves))
+        pairs = [(o, c) for o, c in zip((o for o, d in zip(out, differentiable, strict=True) if d), args[n:], strict=True)]
+        pairs = [(o, c) for o, c in pairs if o.requires_grad]
+        wanted = [leaf for leaf, g in zip(leaves, needs_grad, strict=True) if g]
+        return list(torch.autograd.grad([o for o, _ in pairs], wanted, [c for _, c in pairs], allow_unused=True))
+
+    with torch.no_grad():
+        out = body(*operands)
+    results = [*recurrence.carries, *recurrence.ys]
+    cotangents = [torch.empty_like(o) for o, d in zip(out, differentiable, strict=True) if d]
+    names = [o.name for o in (*recurrence.carries, *recurrence.xs, *recurrence.consts)]
+    names += [
+        f"grad_{'next_' if i < m else ''}{r.name}"
+        for i, (r, d) in enumerate(zip(results, differentiable, strict=True))
+        if d
+    ]
+    return _trace(backward, [*operands, *cotangents], names, supported, shape)
+
+
+# ---------------------------------------------------------------------------------------------------------- tracing
+
+
+def _trace(function, operands, names, supported, shape) -> fx.GraphModule:  # type: ignore[no-untyped-def]
+    """Trace; ops no target knows are decomposed in a second trace."""
+    gm = make_fx(function)(*operands)
+    simplify(gm)
+    unknown = {n.target for n in gm.graph.nodes if n.op == "call_function" and not supported(n)}
+    if unknown:
+        table = core_aten_decompositions()
+        gm = make_fx(function, decomposition_table={op: table[op] for op in table if op in unknown})(*operands)
+        simplify(gm)
+        still = {n.target for n in gm.graph.nodes if n.op == "call_function" and not supported(n)}
+        if still:
+            # what a decomposition brought in may itself need one
+            gm = make_fx(function, decomposition_table={op: table[op] for op in table if op in unknown | still})(*operands)
+            simplify(gm)
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and not supported(node):
+            raise Reject(f"the step calls {node.target}, which no pointwise kernel can hold", node=node.name)
+    check_pointwise(gm, shape)
+    _name_nodes(gm, names)
+    return gm
+
+
+class StepInterpreter(fx.Interpreter):
+    """Runs a torch-level step graph under `make_fx` and gives the ATen nodes the user's names."""
+
+    def run_node(self, n: fx.Node):  # type: ignore[no-untyped-def]
+        result = super().run_node(n)
+        if n.op in ("call_function", "call_method"):
+            _name_result(result, n)
+        return result
+
+
+def _name_result(result: object, n: fx.Node) -> None:
+    mode = get_proxy_mode()
+    if mode is None or not isinstance(result, torch.Tensor):
+        return
+    slot = get_proxy_slot(result, mode.tracer, None)
+    if slot is not None:
+        node = slot.proxy.node
+        node.meta.setdefault("user_name", base_name(n.name))
+        node.meta.setdefault("user_trace", n.meta.get("stack_trace", ""))
+
+
+def base_name(name: str) -> str:
+    """``v_12`` -> ``v``: Dynamo numbers the values of one Python variable."""
+    return re.sub(r"(_\d+)+$", "", name) or name
+
+
+def _name_nodes(gm: fx.GraphModule, names: Sequence[str]) -> None:
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    for node, name in zip(placeholders, names, strict=True):
+        node.meta["user_name"] = name
+
+
+# ----------------------------------------------------------------------------------------------------- simplification
+
+
+def simplify(gm: fx.GraphModule) -> None:
+    """Erase identities, fold repeats (CSE) and dead nodes. Values are never re-associated: arithmetic stays eager's."""
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is aten._assert_tensor_metadata.default:
+            gm.graph.erase_node(node)
+        elif _is_identity(node):
+            source = node.args[0]
+            source.meta.setdefault("user_name", node.meta.get("user_name")) if node.meta.get("user_name") else None
+            node.replace_all_uses_with(source)
+            gm.graph.erase_node(node)
+    _fold_repeats(gm.graph)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+
+
+def _is_identity(node: fx.Node) -> bool:
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    source, result = node.args[0].meta.get("val"), node.meta.get("val")
+    if not isinstance(source, torch.Tensor) or not isinstance(result, torch.Tensor):
+        return False
+    if source.shape != result.shape or source.dtype != result.dtype:
+        return False
+    return node.target in IDENTITIES or node.target is aten._to_copy.default
+
+
+def _fold_repeats(graph: fx.Graph) -> None:
+    seen: dict[object, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        # repr, because 1, 1.0 and True are equal as keys and 0.0 equals -0.0
+        key = (node.target, repr(node.args), repr(sorted(node.kwargs.items())))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+# -------------------------------------------------------------------------------------------------------- verification
+
+
+def check_pointwise(gm: fx.GraphModule, shape: Sequence[int]) -> None:
+    """Every value has the recurrence's shape, or is a 0-d constant."""
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            raise Reject("the step holds a tensor constant of its own", node=node.name)
+        value = node.meta.get("val")
+        if node.op == "call_function":
+            if not isinstance(value, torch.Tensor):
+                raise Reject(f"{node.target} does not give a tensor", node=node.name)
+            if tuple(value.shape) not in (tuple(shape), ()):
+                raise Reject(
+                    f"{node.target} gives a value of shape {tuple(value.shape)} in a loop over {tuple(shape)}: "
+                    "it is not pointwise",
+                    node=node.name,
+                )
+            if value.dtype.is_complex:
+                raise Reject(f"complex dtype {value.dtype} has no kernel", node=node.name)
+
+
+def _check_step(step: fx.GraphModule, carries: Sequence[Carry]) -> None:
+    results = next(iter(reversed(step.graph.nodes))).args[0]
+    for result, carry in zip(results, carries, strict=False):
+        value = result.meta["val"]
+        if value.dtype != carry.dtype:
+            raise Reject(
+                f"state '{carry.name}' enters the step as {carry.dtype} and leaves it as {value.dtype}",
+                hint=f"give '{carry.name}' its final dtype before the loop",
+            )
