@@ -1,0 +1,1 @@
+"""From a recurrence to kernel source and a registered op, one folder a target."""

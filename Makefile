@@ -1,0 +1,64 @@
+# One command each. Everything runs in .venv, which the first command makes: PYTHON=python3.12 make test picks the interpreter.
+# PYTEST_ARGS go to pytest: make test PYTEST_ARGS="-k reroll -x".
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help setup demo test check lint types accept bench wheel clean
+
+# Inductor does not quote -L<folder of torch>/lib in its link command (torch 2.13), so in a path with a space Python is
+# started through a link to this folder whose own path has none.
+TOP := .
+ifneq ($(words $(CURDIR)),1)
+TOP := $(shell links="$${XDG_CACHE_HOME:-$$HOME/.cache}/snn_compile"; link="$$links/tree-$$(pwd -P | cksum | cut -d ' ' -f 1)"; \
+	mkdir -p "$$links" && ln -sfn "$$(pwd -P)" "$$link" && echo "$$link")
+endif
+PY := "$(TOP)/.venv/bin/python"
+
+help:
+	@echo "make demo    train the digits classifier with backend=\"snn\" (examples/train_digits.py)"
+	@echo "make test    lint, types and every test"
+	@echo "make check   lint, types and the tests that are not slow"
+	@echo "make lint    ruff                      make types   mypy"
+	@echo "make accept  rewrite the golden texts  make bench   the benchmarks (minutes)"
+	@echo "make wheel   dist/*.whl and *.tar.gz   make clean   remove .venv, builds and caches"
+
+setup: .venv/.stamp
+
+.venv/.stamp: pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 10) or sys.exit("snn_compile needs Python 3.10 or newer; PYTHON=... picks one")'
+	@echo "setting up .venv (the first time this downloads torch)"
+	@"$(PYTHON)" -m venv .venv
+	@$(PY) -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup
+	@$(PY) examples/train_digits.py
+
+test: setup lint types
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+check: setup lint types
+	@$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+lint: setup
+	@$(PY) -m ruff check .
+
+types: setup
+	@$(PY) -m mypy
+
+accept: setup
+	@EXPECTTEST_ACCEPT=1 $(PY) -m pytest $(PYTEST_ARGS)
+
+bench: setup
+	@$(PY) benchmarks/run.py
+
+wheel: setup
+	@rm -rf build dist
+	@$(PY) -m build --no-isolation
+
+clean:
+	@rm -rf .venv build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
