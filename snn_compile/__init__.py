@@ -1,0 +1,1 @@
+"""`torch.compile(model, backend="snn")`: plain Python time loops become one kernel."""
