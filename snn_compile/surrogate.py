@@ -118,10 +118,16 @@ class SurrogateFunctionBase(nn.Module):
 
     def __init__(self, spiking: bool = True, **parameters: float):
         super().__init__()
-        self._names = tuple(parameters)
+        self._arguments: tuple[float, ...] = ()
+        self._parameter_names = tuple(parameters)
         for name, value in parameters.items():
             setattr(self, name, value)
         self.set_spiking_mode(spiking)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name in self.__dict__.get("_parameter_names", ()):  # forward hands them over as one tuple: cheap to trace
+            self._arguments = tuple(self.__dict__.get(name) for name in self._parameter_names)
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -150,13 +156,12 @@ class SurrogateFunctionBase(nn.Module):
         self.spiking = spiking
 
     def forward(self, x: Tensor) -> Tensor:
-        parameters = [getattr(self, name) for name in self._names]
         if self.spiking:
-            return self.spiking_function(x, *parameters)
-        return self.primitive_function(x, *parameters)
+            return self.spiking_function(x, *self._arguments)
+        return self.primitive_function(x, *self._arguments)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)}" for name in (*self._names, "spiking"))
+        return ", ".join(f"{name}={getattr(self, name)}" for name in (*self._parameter_names, "spiking"))
 
 
 class PiecewiseQuadratic(SurrogateFunctionBase):

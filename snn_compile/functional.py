@@ -1,0 +1,41 @@
+"""Functions over a whole network of stateful modules."""
+
+from __future__ import annotations
+
+from torch import nn
+
+__all__ = ["detach_net", "reset_net", "set_step_mode"]
+
+
+def reset_net(net: nn.Module) -> None:
+    """Reset every module of `net` that has a `reset()`: the next call starts a new sequence."""
+    for module in net.modules():
+        if callable(getattr(module, "reset", None)):
+            module.reset()
+
+
+def detach_net(net: nn.Module) -> None:
+    """Cut the states of every module of `net` off the autograd graph and keep their values."""
+    for module in net.modules():
+        if callable(getattr(module, "detach", None)):
+            module.detach()
+
+
+def set_step_mode(net: nn.Module, step_mode: str) -> None:
+    """Set the step mode of every module of `net` that has one.
+
+    Modules inside a container that steps them itself (`MultiStepContainer`, `LinearRecurrentContainer`, ...) stay in
+    single-step mode.
+
+    Raises: ValueError where `step_mode` is neither 's' nor 'm', or where a module does not know it, which it names.
+    """
+    if step_mode not in ("s", "m"):
+        raise ValueError(f"step_mode must be one of 's', 'm', but is {step_mode!r}")
+    if hasattr(net, "step_mode"):
+        try:
+            net.step_mode = step_mode
+        except ValueError as error:
+            raise ValueError(f"{type(net).__name__}: {error}") from None
+    if not getattr(net, "steps_its_children", False):
+        for child in net.children():
+            set_step_mode(child, step_mode)
