@@ -1,0 +1,320 @@
+"""Writes into loop-local tensors become values.
+
+    out = torch.empty(T, N)                 out = torch.empty(T, N)
+    out[0] = s0                             out_1 = store(out, 0, s0)
+    acc += s0                     ->        acc_1 = acc + s0
+    v[spiked] = 0.0                         v_1 = v.masked_fill(spiked, 0.0)
+    with no_grad(): r = f(s)                r = f(s); r_1 = r.detach()
+
+A write is rewritten only where the tensor was made in this graph (it shares no storage with an input), the write goes to
+the tensor itself and not through a view, and no view of it made earlier is read later: then every later use can be given
+the new value and nobody can see the difference. What was written is read back without memory (``out[t-1]`` after
+``out[t-1] = s`` is ``s``). All other writes stay as they are.
+
+Does not fire: writes into inputs (running statistics), through views, under ``out=``; `no_grad` regions that hold a write
+or another grad-mode switch.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from snn_compile.ir.values import example, flat_nodes, is_getitem, storage_key
+
+
+def store(buffer: torch.Tensor, index: object, value: object) -> torch.Tensor:
+    """``buffer`` with ``buffer[index] = value``, as a new value."""
+    result = buffer.clone()
+    result[index] = value  # type: ignore[index]
+    return result
+
+
+INPLACE_OPERATORS: dict[object, Callable] = {  # type: ignore[type-arg]
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ifloordiv: operator.floordiv,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+    operator.ixor: operator.xor,
+    operator.ipow: operator.pow,
+}
+
+
+def functionalize(gm: fx.GraphModule) -> fx.GraphModule:
+    """Rewrite `gm` in place; see the module's docstring."""
+    _gather_attributes(gm.graph)
+    _detach_no_grad_regions(gm.graph)
+    _replace_writes(gm.graph)
+    _stack_unsqueezed(gm.graph)
+    return gm
+
+
+# ------------------------------------------------------------------------------------------------------------- no_grad
+
+
+def _gather_attributes(graph: fx.Graph) -> None:
+    """`get_attr` nodes move to the front: they are operands, not part of an iteration."""
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    anchor = placeholders[-1] if placeholders else None
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            if anchor is None:
+                first = next(iter(graph.nodes))
+                if first is not node:
+                    first.prepend(node)
+            else:
+                anchor.append(node)
+            anchor = node
+
+
+def is_grad_switch(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is torch._C._set_grad_enabled
+
+
+def _detach_no_grad_regions(graph: fx.Graph) -> None:
+    switches = [n for n in graph.nodes if is_grad_switch(n)]
+    i = 0
+    while i + 1 < len(switches):
+        off, on = switches[i], switches[i + 1]
+        if off.args[0] is False and on.args[0] is True and _detach_region(graph, off, on):
+            i += 2
+        else:
+            i += 1
+
+
+def _detach_region(graph: fx.Graph, off: fx.Node, on: fx.Node) -> bool:
+    inside: dict[fx.Node, None] = {}
+    node = off.next
+    while node is not on:
+        if node.op not in ("call_function", "call_method") or is_write(node):
+            return False
+        inside[node] = None
+        node = node.next
+    for node in inside:
+        value = example(node)
+        outside = [u for u in node.users if u not in inside]
+        if not outside or not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
+            continue
+        with graph.inserting_after(on):
+            detached = graph.call_method("detach", (node,))
+        detached.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
+        detached.meta["example_value"] = value.detach()
+        for user in outside:
+            user.replace_input_with(node, detached)
+    graph.erase_node(off)
+    graph.erase_node(on)
+    return True
+
+
+# --------------------------------------------------------------------------------------------------------------- writes
+
+
+def is_write(node: fx.Node) -> bool:
+    """Whether the node writes into its first operand."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__") or name == "__setitem__"
+    if node.op != "call_function":
+        return False
+    if node.target is operator.setitem or node.target in INPLACE_OPERATORS:
+        return True
+    name = getattr(node.target, "__name__", "")
+    return "out" in node.kwargs or (name.endswith("_") and not name.endswith("__")) or bool(node.kwargs.get("inplace"))
+
+
+def _replace_writes(graph: fx.Graph) -> None:
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    aliases: dict[int, list[fx.Node]] = {}
+    for n in graph.nodes:
+        key = storage_key(n)
+        if key is not None:
+            aliases.setdefault(key, []).append(n)
+    local = {key: _is_local(nodes, order) for key, nodes in aliases.items()}
+    current: dict[fx.Node, fx.Node] = {}  # a tensor that was written into -> its value now
+    for node in list(graph.nodes):
+        if current:
+            node.args = fx.node.map_arg(node.args, lambda n: current.get(n, n))
+            node.kwargs = fx.node.map_arg(node.kwargs, lambda n: current.get(n, n))
+        if is_getitem(node) and _forward_stored(node):
+            graph.erase_node(node)
+            continue
+        if not is_write(node) or not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        target = node.args[0]
+        key = storage_key(target)
+        if key is None or not local.get(key):
+            continue
+        new = _functional(graph, node)
+        if new is None:
+            local[key] = False
+            continue
+        new.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
+        new.meta["example_value"] = _detached_alias(example(target), _requires_grad(node, target))
+        for same in aliases[key]:
+            if order.get(same, -1) <= order[node] and not _is_view(same):
+                current[same] = new
+        current[target] = current[node] = new
+        aliases[key].append(new)
+        order[new] = order[node]
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+
+def _requires_grad(node: fx.Node, target: fx.Node) -> bool:
+    values = [example(a) for a in flat_nodes((node.args, node.kwargs))]
+    return any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
+
+
+def _detached_alias(value: object, requires_grad: bool) -> object:
+    if not isinstance(value, torch.Tensor):
+        return value
+    alias = value.detach()
+    return alias.requires_grad_(requires_grad) if alias.dtype.is_floating_point else alias
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Aliases another node without being the result of a write into it."""
+    return not is_write(node) and node.target is not store and any(
+        storage_key(a) == storage_key(node) for a in flat_nodes((node.args, node.kwargs))
+    )
+
+
+def _is_local(nodes: list[fx.Node], order: dict[fx.Node, int]) -> bool:
+    """Made in this graph, written only directly, and every view of it dead before the next write."""
+    if any(n.op != "call_function" and n.op != "call_method" for n in nodes):
+        return False
+    writes: list[fx.Node] = []
+    same: set[fx.Node] = {n for n in nodes if not _is_view(n)}
+    for n in nodes:
+        writes += [u for u in n.users if is_write(u) and u.args and u.args[0] is n]
+    if not writes:
+        return True
+    if any(w.args[0] not in same for w in writes):
+        return False
+    for view in (n for n in nodes if n not in same):
+        last_use = max((order[u] for u in view.users), default=order[view])
+        if any(order[view] < order[w] < last_use for w in writes):
+            return False
+        # the write itself may read the view (v += v[0] is rare but real): it reads before it writes
+        if any(u.op == "output" for u in view.users) and any(order[view] < order[w] for w in writes):
+            return False
+    return True
+
+
+def _functional(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    target = node.args[0]
+    value = example(target)
+    if not isinstance(target, fx.Node) or not isinstance(value, torch.Tensor):
+        return None
+    with graph.inserting_before(node):
+        if node.target is operator.setitem or node.target == "__setitem__":
+            return _functional_setitem(graph, target, node.args[1], node.args[2])
+        if node.target in INPLACE_OPERATORS:
+            new = graph.call_function(INPLACE_OPERATORS[node.target], node.args)  # type: ignore[index]
+        elif node.op == "call_method":
+            name = str(node.target)[:-1]
+            if name == "zero":
+                return graph.call_function(torch.zeros_like, (target,))
+            if name == "fill" and len(node.args) == 2 and not isinstance(node.args[1], fx.Node):
+                return graph.call_function(torch.full_like, node.args)
+            if name == "copy" or not hasattr(torch.Tensor, name):
+                return None
+            new = graph.call_method(name, node.args, node.kwargs)
+        else:
+            return None
+        return _keep_type(graph, node, new, value)
+
+
+def _keep_type(graph: fx.Graph, node: fx.Node, new: fx.Node, value: torch.Tensor) -> fx.Node | None:
+    """An in-place op keeps dtype and shape of what it writes into; its functional twin promotes."""
+    operands = [example(a) if isinstance(a, fx.Node) else a for a in node.args]
+    tensors = [o for o in operands if isinstance(o, torch.Tensor)]
+    shapes = [tuple(t.shape) for t in tensors[1:]]
+    if any(len(s) > value.dim() for s in shapes):
+        graph.erase_node(new)
+        return None
+    try:
+        promoted = torch.result_type(*operands[:2]) if len(operands) == 2 else value.dtype  # type: ignore[arg-type]
+    except (TypeError, RuntimeError):
+        graph.erase_node(new)
+        return None
+    if node.target is operator.itruediv and not promoted.is_floating_point:
+        promoted = torch.get_default_dtype()
+    return new if promoted == value.dtype else graph.call_method("to", (new, value.dtype))
+
+
+def _functional_setitem(graph: fx.Graph, target: fx.Node, index: object, value: object) -> fx.Node | None:
+    mask, whole = example(index), example(target)
+    if isinstance(index, fx.Node):
+        scalar = not isinstance(value, fx.Node) or getattr(example(value), "ndim", 1) == 0
+        same_shape = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.shape == whole.shape  # type: ignore[union-attr]
+        return graph.call_method("masked_fill", (target, index, value)) if same_shape and scalar else None
+    if any(True for _ in flat_nodes(index)):
+        return None
+    return graph.call_function(store, (target, index, value))
+
+
+def _forward_stored(node: fx.Node) -> bool:
+    """``store(b, t, s)[t] -> s``, where dtype and shape show that nothing was converted."""
+    source, index = node.args
+    if not isinstance(index, int) or not isinstance(source, fx.Node):
+        return False
+    while isinstance(source, fx.Node) and source.target is store:
+        buffer, stored_index, value = source.args
+        size = example(buffer).shape[0]  # type: ignore[union-attr]
+        if not isinstance(stored_index, int) or not isinstance(size, int):
+            return False
+        if stored_index % size == index % size:
+            was, now = example(value), example(node)
+            same = isinstance(was, torch.Tensor) and isinstance(now, torch.Tensor)
+            if same and was.dtype == now.dtype and was.shape == now.shape:  # type: ignore[union-attr]
+                node.replace_all_uses_with(value)  # type: ignore[arg-type]
+                return True
+            return False
+        source = buffer  # type: ignore[assignment]
+    return False
+
+
+# ---------------------------------------------------------------------------------------------------------------- cat
+
+
+def _stack_unsqueezed(graph: fx.Graph) -> None:
+    """``cat([a.unsqueeze(d), b.unsqueeze(d)], d) -> stack([a, b], d)``"""
+    for node in list(graph.nodes):
+        if node.target not in (torch.cat, torch.concat, torch.concatenate) or node.op != "call_function":
+            continue
+        tensors = node.args[0] if node.args else node.kwargs.get("tensors")
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+        if not isinstance(tensors, (list, tuple)) or not isinstance(dim, int) or "out" in node.kwargs:
+            continue
+        whole = example(node)
+        if not isinstance(whole, torch.Tensor):
+            continue
+        dim = dim % whole.dim()
+        inner = [_unsqueezed(t, dim) for t in tensors]
+        if all(i is not None for i in inner):
+            with graph.inserting_before(node):
+                new = graph.call_function(torch.stack, (inner, dim))
+            new.meta = dict(node.meta)
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+
+
+def _unsqueezed(node: object, dim: int) -> fx.Node | None:
+    """``a`` where ``node`` is ``a.unsqueeze(dim)`` (or ``a[None]``, for dim 0)."""
+    if not isinstance(node, fx.Node):
+        return None
+    if is_getitem(node) and node.args[1] in (None, (None,)) and dim == 0:
+        return node.args[0]  # type: ignore[return-value]
+    named = node.target == "unsqueeze" if node.op == "call_method" else node.target is torch.unsqueeze
+    at = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    value = example(node)
+    if named and isinstance(at, int) and isinstance(value, torch.Tensor) and at % value.dim() == dim:
+        return node.args[0]  # type: ignore[return-value]
+    return None

@@ -1,0 +1,64 @@
+"""What the passes know of a node's value: its example, its shape hints, its storage."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+
+def example(node: object) -> object:
+    """The fake value Dynamo (or a pass) recorded for the node; a Python number stands for itself."""
+    if isinstance(node, fx.Node):
+        return node.meta.get("example_value", node.meta.get("val"))
+    return node
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """A concrete size for a possibly symbolic one, without adding a guard."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def shape_hint(value: torch.Tensor) -> tuple[int, ...]:
+    return tuple(hint(s) for s in value.shape)
+
+
+def storage_key(node: fx.Node) -> int | None:
+    """Nodes with the same key alias each other (fake tensors share storages as real ones would)."""
+    value = example(node)
+    if not isinstance(value, torch.Tensor):
+        return None
+    try:
+        return value.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def flat_nodes(args: object) -> Iterable[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(args, lambda n: found.append(n))
+    return found
+
+
+def is_getitem(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is operator.getitem
+
+
+def user_location(node: fx.Node) -> str:
+    """``file:line`` of the innermost frame of the user's code, for reports only."""
+    trace = node.meta.get("stack_trace") or ""
+    frames = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    if not frames:
+        return ""
+    parts = frames[-1].split('"')
+    line = frames[-1].rsplit("line ", 1)[-1].split(",")[0] if "line " in frames[-1] else ""
+    return f"{parts[1]}:{line}" if len(parts) > 1 else ""
+
+
+def user_line(node: fx.Node) -> str:
+    """The source line of the user's code that made the node, for reports only."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in trace.splitlines() if line.strip()]
+    return lines[-1] if lines and not lines[-1].startswith("File ") else ""

@@ -1,0 +1,661 @@
+"""The zoo: every neuron and loop style under test, as plain functions of tensors.
+
+An entry is a `Case`: a function, how to make its inputs, and what the compiler must make of it. Each case runs on each
+target against eager (`tests/test_zoo.py`): forward bit for bit, gradients of everything that wants one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+# ------------------------------------------------------------------------------------------------------------ surrogates
+
+
+class Sigmoid(torch.autograd.Function):
+    """The form most libraries use: alpha on the context."""
+
+    @staticmethod
+    def forward(ctx, x, alpha):
+        ctx.save_for_backward(x)
+        ctx.alpha = alpha
+        return (x >= 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(ctx.alpha * x)
+        return grad * s * (1.0 - s) * ctx.alpha, None
+
+
+class ATan(torch.autograd.Function):
+    """``setup_context`` style."""
+
+    @staticmethod
+    def forward(x, alpha):
+        return (x > 0).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, alpha = inputs
+        ctx.save_for_backward(x)
+        ctx.alpha = alpha
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * (ctx.alpha / 2) / (1 + (torch.pi / 2 * ctx.alpha * x).pow(2)), None
+
+
+class LearnableAlpha(torch.autograd.Function):
+    """Several saved tensors and a gradient for alpha."""
+
+    @staticmethod
+    def forward(ctx, x, alpha):
+        spike = (x >= 0).to(x.dtype)
+        ctx.save_for_backward(x, alpha, spike)
+        return spike
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, alpha, spike = ctx.saved_tensors
+        s = torch.sigmoid(alpha * x)
+        ds = grad * s * (1 - s)
+        return ds * alpha, (ds * x).sum() + 0 * spike.sum()
+
+
+def triangle(x: Tensor) -> Tensor:
+    """Straight-through: a hard forward, a soft backward, by `detach`."""
+    soft = torch.clamp(1 - x.abs(), min=0) * x
+    return soft + ((x >= 0).to(x.dtype) - soft).detach()
+
+
+# ------------------------------------------------------------------------------------------------------------------ cases
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    function: Callable[..., object]
+    #: ``inputs(T) -> list of tensors``; floating ones want a gradient
+    inputs: Callable[[int], list[Tensor]]
+    #: loops that must become `Loop`s, recurrences that must be lowered
+    loops: int = 1
+    recurrences: int = 1
+    #: forward tolerance where a transcendental stands in the charge; 0: bit for bit
+    atol: float = 0.0
+
+
+CASES: dict[str, Case] = {}
+
+
+def randn(*shape: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape) * scale
+
+
+def case(*shapes: tuple[int, ...], **kw):
+    """Register a function whose first input is ``[T, *shapes[0]]`` and whose others are parameters of these shapes."""
+
+    def register(function):
+        first, rest = shapes[0] if shapes else (6, 7), shapes[1:]
+
+        def inputs(steps: int) -> list[Tensor]:
+            return [randn(steps, *first) * 2, *(torch.rand(s) + 0.3 for s in rest)]
+
+        make = kw.pop("inputs", inputs)
+        CASES[function.__name__] = Case(function.__name__, function, make, **kw)
+        return function
+
+    return register
+
+
+# ------------------------------------------------------------------------------------------------- the neurons, one style
+
+
+@case()
+def lif(x):
+    v = torch.zeros_like(x[0])
+    out = []
+    for t in range(x.shape[0]):
+        h = v + (x[t] - v) / 2.0
+        s = Sigmoid.apply(h - 1.0, 4.0)
+        v = h * (1.0 - s)
+        out.append(s)
+    return torch.stack(out)
+
+
+@case()
+def lif_soft_reset_detached_with_state(x):
+    v = torch.zeros_like(x[0])
+    out = []
+    for t in range(x.shape[0]):
+        v = 0.9 * v + x[t]
+        s = ATan.apply(v - 1.0, 2.0)
+        v = v - s.detach() * 1.0
+        out.append(s)
+    return torch.stack(out), v
+
+
+@case((6, 7), ())
+def parametric_lif(x, w):
+    v = torch.zeros_like(x[0])
+    out = []
+    for t in range(x.shape[0]):
+        v = v + (x[t] - v) * w.sigmoid()
+        s = Sigmoid.apply(v - 1.0, 4.0)
+        v = v * (1 - s)
+        out.append(s)
+    return torch.stack(out)
+
+
+@case((3, 5, 4, 4), (5,), (5,))
+def per_channel_threshold_and_decay(x, threshold, decay):
+    v = torch.zeros_like(x[0])
+    th, d = threshold.view(1, -1, 1, 1), decay.view(1, -1, 1, 1)
+    out = []
+    for t in range(x.shape[0]):
+        v = v * d + x[t]
+        s = Sigmoid.apply(v - th, 4.0)
+        v = v - s * th
+        out.append(s)
+    return torch.stack(out), v
+
+
+@case((3, 5, 4, 4), (5,))
+def threshold_viewed_in_the_loop(x, threshold):
+    v = torch.zeros_like(x[0])
+    out = []
+    for t in range(x.shape[0]):
+        v = v * 0.5 + x[t]
+        s = Sigmoid.apply(v - threshold.exp().view(1, -1, 1, 1), 4.0)
+        v = v * (1 - s)
+        out.append(s)
+    return torch.stack(out)
+
+
+@case((6, 7), ())
+def learnable_alpha(x, alpha):
+    v = torch.zeros_like(x[0])
+    out = []
+    for t in range(x.shape[0]):
+        v = v * 0.5 + x[t]
+        s = LearnableAlpha.apply(v - 0.5, alpha)
+        v = v * (1 - s)
+        out.append(s)
+    return torch.stack(out)
+
+
+@case()
+def straight_through(x):
+    v = torch.zeros_like(x[0])
+    out = []
+    for t in range(x.shape[0]):
+        v = v * 0.5 + x[t]
+        s = triangle(v - 0.7)
+        with torch.no_grad():
+            r = (s > 0.5).float() * 0.7
+        v = v - r
+        out.append(s)
+    return torch.stack(out)
+
+
+@case((6, 7), (7,), (7,))
+def cuba_lif_two_states(x, c_decay, v_decay):
+    c = torch.zeros_like(x[0])
+    v = torch.zeros_like(x[0])
+    out = []
+    for t in range(x.shape[0]):
+        c = c * c_decay + x[t]
+        v = v * v_decay + c
+        s = Sigmoid.apply(v - 1.0, 4.0)
+        v = v * (1.0 - s)
+        out.append(s)
+    return torch.stack(out), c, v
+
+
+@case()
+def adaptive_threshold(x):
+    v, b, z = torch.zeros_like(x[0]), torch.zeros_like(x[0]), torch.zeros_like(x[0])
+    out = []
+    for t in range(x.shape[0]):
+        b = 0.9 * b + 0.1 * z
+        v = 0.8 * v + x[t]
+        z = Sigmoid.apply(v - (1.0 + 1.8 * b), 4.0)
+        v = v - z * (1.0 + 1.8 * b)
+        out.append(z)
+    return torch.stack(out), b
+
+
+@case()
+def izhikevich(x):
+    v, w = torch.full_like(x[0], -0.1), torch.zeros_like(x[0])
+    out = []
+    for t in range(x.shape[0]):
+        h = v + (x[t] + 1.0 * (v - (-0.1)) * (v - 0.8) - w) / 10.0
+        w = w + (0.02 * (h + 0.1) - w) / 20.0
+        s = Sigmoid.apply(h - 1.0, 4.0)
+        w = w + 0.3 * s
+        v = s * -0.1 + (1.0 - s) * h
+        out.append(s)
+    return torch.stack(out), v, w
+
+
+@case(atol=2e-6)
+def exponential_integrate_and_fire(x):
+    v = torch.zeros_like(x[0])
+    vs = []
+    for t in range(x.shape[0]):
+        h = v + (x[t] - v + 0.5 * torch.exp((v - 0.8) / 0.5)) / 10.0
+        s = (h >= 1.0).to(h)
+        v = h * (1.0 - s)
+        vs.append(v)
+    return torch.stack(vs)
+
+
+@case()
+def snntorch_style(x):
+    mem = torch.zeros(0)
+    mem = torch.zeros_like(x[0])
+    spikes, mems = [], []
+    for step in range(x.shape[0]):
+        reset = ATan.apply(mem - 1.0, 2.0).clone().detach()
+        mem = 0.9 * mem + x[step] - reset * 1.0
+        spk = ATan.apply(mem - 1.0, 2.0)
+        spikes.append(spk)
+        mems.append(mem)
+    return torch.stack(spikes), torch.stack(mems)
+
+
+@case()
+def norse_style(x):
+    v = torch.zeros_like(x[0])
+    i = torch.zeros_like(x[0])
+    out = []
+    for xt in x:
+        i_jump = i + xt
+        dv = 0.001 * 100.0 * ((0.0 - v) + i_jump)
+        v_decayed = v + dv
+        i = i_jump + -0.001 * 200.0 * i_jump
+        z = Sigmoid.apply(v_decayed - 1.0, 4.0)
+        v = (1 - z) * v_decayed + z * 0.0
+        out.append(z)
+    return torch.stack(out), v, i
+
+
+@case()
+def spikes_from_the_previous_membrane(x):
+    mem, syn = torch.zeros_like(x[0]), torch.zeros_like(x[0])
+    mem_rec, spk_rec = [], []
+    for t in range(x.shape[0]):
+        mthr = mem - 1.0
+        out = Sigmoid.apply(mthr, 10.0)
+        rst = torch.zeros_like(mem)
+        c = mthr > 0
+        rst = torch.where(c, torch.ones_like(mem), rst)
+        new_syn = 0.8 * syn + x[t]
+        new_mem = 0.9 * mem + syn - rst
+        mem_rec.append(mem)
+        spk_rec.append(out)
+        mem, syn = new_mem, new_syn
+    return torch.stack(mem_rec, dim=1), torch.stack(spk_rec, dim=1)
+
+
+@case()
+def bool_and_integer_states(x):
+    v = torch.zeros_like(x[0])
+    refractory = torch.zeros(x.shape[1:], dtype=torch.int64)
+    fired = torch.zeros(x.shape[1:], dtype=torch.bool)
+    out = []
+    for t in range(x.shape[0]):
+        active = refractory <= 0
+        v = torch.where(active, v * 0.9 + x[t], v)
+        s = Sigmoid.apply(v - 1.0, 4.0)
+        fired = fired | (s > 0)
+        refractory = torch.where(s > 0, torch.full_like(refractory, 2), refractory - 1)
+        v = v * (1 - s)
+        out.append(s)
+    return torch.stack(out), fired, refractory
+
+
+@case()
+def masked_reset(x):
+    v = torch.zeros_like(x[0])
+    out = []
+    for t in range(x.shape[0]):
+        v = v * 0.5 + x[t]
+        s = (v > 1.0).float()
+        v = v.masked_fill(s.bool(), 0.0)
+        out.append(v)
+    return torch.stack(out)
+
+
+# ---------------------------------------------------------------------------------------------------------- loop styles
+
+
+def _step(v, x):
+    h = v + (x - v) / 2.0
+    s = Sigmoid.apply(h - 1.0, 4.0)
+    return h * (1.0 - s), s
+
+
+@case()
+def iterate_the_tensor(x):
+    v, out = torch.zeros_like(x[0]), []
+    for xt in x:
+        v, s = _step(v, xt)
+        out.append(s)
+    return torch.stack(out)
+
+
+@case()
+def unbind(x):
+    v, out = torch.zeros_like(x[0]), []
+    for xt in x.unbind(0):
+        v, s = _step(v, xt)
+        out.append(s)
+    return torch.stack(out)
+
+
+@case(inputs=lambda T: [randn(6, T, 7) * 2])
+def time_at_dim_1(x):
+    v, out = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        v, s = _step(v, x[:, t])
+        out.append(s)
+    return torch.stack(out, dim=1)
+
+
+@case(inputs=lambda T: [randn(6, 7, T) * 2])
+def time_last(x):
+    v, out = torch.zeros_like(x[..., 0]), []
+    for t in range(x.shape[-1]):
+        v, s = _step(v, x[..., t])
+        out.append(s)
+    return torch.stack(out, dim=-1)
+
+
+@case(inputs=lambda T: [randn(6, T, 7) * 2])
+def unbind_dim_1(x):
+    v, out = torch.zeros(6, 7), []
+    for xt in torch.unbind(x, dim=1):
+        v, s = _step(v, xt)
+        out.append(s)
+    return torch.stack(out, 1)
+
+
+@case()
+def scalar_start(x):
+    v, out = 0.0, []
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        out.append(s)
+    return torch.stack(out), v
+
+
+@case()
+def integer_zero_start(x):
+    mem, out = 0, []
+    for t in range(x.shape[0]):
+        mem = mem * 0.25 + x[t]
+        s = Sigmoid.apply(mem - 1.0, 4.0)
+        mem = mem * (1 - s)
+        out.append(s)
+    return torch.stack(out)
+
+
+@case()
+def none_start(x):
+    v, out = None, []
+    for t in range(x.shape[0]):
+        if v is None:
+            v = torch.zeros_like(x[t])
+        v, s = _step(v, x[t])
+        out.append(s)
+    return torch.stack(out)
+
+
+@case()
+def first_step_special(x):
+    out = []
+    for t in range(x.shape[0]):
+        if t >= 1:
+            mem = mem * 0.25 * (1 - s) + x[t]  # noqa: F821
+        else:
+            mem = x[t]
+        s = Sigmoid.apply(mem - 1.0, 4.0)
+        out.append(s)
+    return torch.stack(out)
+
+
+@case()
+def last_step_special(x):
+    v, out = torch.zeros_like(x[0]), []
+    steps = x.shape[0]
+    for t in range(steps):
+        h = v * 0.5 + x[t]
+        s = Sigmoid.apply(h - 1.0, 4.0)
+        out.append(s)
+        if t < steps - 1:
+            v = h * (1 - s)
+    return torch.stack(out)
+
+
+@case()
+def written_into_a_buffer(x):
+    v, out = torch.zeros_like(x[0]), torch.empty_like(x)
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        out[t] = s
+    return out
+
+
+@case(inputs=lambda T: [randn(6, T, 7) * 2])
+def written_into_a_buffer_dim_1(x):
+    v, out = torch.zeros_like(x[:, 0]), torch.zeros_like(x)
+    for t in range(x.shape[1]):
+        v, s = _step(v, x[:, t])
+        out[:, t] = s
+    return out
+
+
+@case()
+def buffer_longer_than_the_loop(x):
+    v, out = torch.zeros_like(x[0]), torch.zeros(x.shape[0] + 2, *x.shape[1:])
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        out[t + 1] = s
+    return out
+
+
+@case()
+def buffer_read_back(x):
+    v = torch.zeros_like(x)
+    out = []
+    for t in range(1, x.shape[0]):
+        v[t] = v[t - 1] * 0.5 + x[t]
+        out.append(Sigmoid.apply(v[t] - 1.0, 4.0))
+    return torch.stack(out), v
+
+
+@case()
+def concatenated(x):
+    v, out = torch.zeros_like(x[0]), []
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        out.append(s.unsqueeze(0))
+    return torch.cat(out, dim=0)
+
+
+@case()
+def accumulated(x):
+    v, acc = torch.zeros_like(x[0]), torch.zeros_like(x[0])
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        acc = acc + s
+    return acc / x.shape[0]
+
+
+@case()
+def accumulated_in_place(x):
+    v, acc = torch.zeros_like(x[0]), 0
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        acc += s
+    return acc
+
+
+@case()
+def rate_readout(x):
+    v, out = torch.zeros_like(x[0]), []
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        out.append(s)
+    return torch.stack(out).mean(0)
+
+
+@case()
+def summed_list(x):
+    v, out = torch.zeros_like(x[0]), []
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        out.append(s)
+    return sum(out)
+
+
+@case()
+def used_one_by_one(x):
+    v, out = torch.zeros_like(x[0]), []
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        out.append(s)
+    return out[0] * 2, out[-1] + out[1], torch.stack(out[1:])
+
+
+@case(inputs=lambda T: [randn(6, 7) * 2])
+def static_input(x):
+    v, out = torch.zeros_like(x), []
+    for _ in range(8):
+        v, s = _step(v, x)
+        out.append(s)
+    return torch.stack(out)
+
+
+@case()
+def backwards_in_time(x):
+    v, out = torch.zeros_like(x[0]), []
+    for t in reversed(range(x.shape[0])):
+        v, s = _step(v, x[t])
+        out.append(s)
+    return torch.stack(out)
+
+
+@case()
+def delayed_by_two(x):
+    v, s1, s2, out = torch.zeros_like(x[0]), torch.zeros_like(x[0]), torch.ones_like(x[0]), []
+    for t in range(x.shape[0]):
+        v = v * 0.5 + x[t] - 0.3 * s2
+        s = Sigmoid.apply(v - 1.0, 4.0)
+        s2, s1 = s1, s
+        out.append(s)
+    return torch.stack(out)
+
+
+@case()
+def previous_input(x):
+    v, out = torch.zeros_like(x[0]), []
+    for t in range(1, x.shape[0]):
+        v = v * 0.5 + x[t] - 0.2 * x[t - 1]
+        s = Sigmoid.apply(v - 1.0, 4.0)
+        v = v * (1 - s)
+        out.append(s)
+    return torch.stack(out)
+
+
+@case(recurrences=2)
+def two_loops(x):
+    v, first = torch.zeros_like(x[0]), []
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        first.append(s)
+    y = torch.stack(first).flip(1)
+    u, second = torch.zeros_like(y[0]), []
+    for t in range(y.shape[0]):
+        u = u * 0.9 + y[t]
+        s = Sigmoid.apply(u - 1.0, 4.0)
+        u = u - s
+        second.append(s)
+    return torch.stack(second)
+
+
+@case()
+def two_layers_in_one_loop(x):
+    v, u, out = torch.zeros_like(x[0]), torch.zeros_like(x[0]), []
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        u = u * 0.9 + s * 0.7
+        z = Sigmoid.apply(u - 1.0, 4.0)
+        u = u - z
+        out.append(z)
+    return torch.stack(out)
+
+
+@case((4, 6), (5, 6), (3, 5), recurrences=2)
+def linear_layers_in_the_loop(x, w1, w2):
+    v, u, out = torch.zeros(4, 5), torch.zeros(4, 3), []
+    for t in range(x.shape[0]):
+        v, s = _step(v, nn.functional.linear(x[t], w1))
+        u, z = _step(u, nn.functional.linear(s, w2))
+        out.append(z)
+    return torch.stack(out)
+
+
+@case((4, 6), (5, 6), (3, 5), recurrences=2, inputs=lambda T: [randn(4, 6), torch.rand(5, 6), torch.rand(3, 5)])
+def static_network(x, w1, w2):
+    v, u, count = torch.zeros(4, 5), torch.zeros(4, 3), 0.0
+    for _ in range(7):
+        v, s = _step(v, nn.functional.linear(x, w1))
+        u, z = _step(u, nn.functional.linear(s, w2))
+        count = count + z
+    return count
+
+
+@case((6, 7), (1,))
+def state_that_starts_broadcastable(x, v0):
+    v, out = v0, []
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        out.append(s)
+    return torch.stack(out)
+
+
+@case((6, 7), (6, 7))
+def state_passed_in(x, v0):
+    v, out = v0, []
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        out.append(s)
+    return torch.stack(out), v
+
+
+@case((6, 7))
+def states_of_different_shapes(x):
+    v, trace, out = torch.zeros_like(x[0]), torch.ones(1), []
+    for t in range(x.shape[0]):
+        trace = trace * 0.9
+        v = v * 0.5 + x[t] * trace
+        s = Sigmoid.apply(v - 1.0, 4.0)
+        v = v * (1 - s)
+        out.append(s)
+    return torch.stack(out), trace
+
+
+@case((6, 7), (7,), (7,))
+def affine_input(x, gain, bias):
+    v, out = torch.zeros_like(x[0]), []
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t] * gain + bias)
+        out.append(s * 2.0)
+    return torch.stack(out)
