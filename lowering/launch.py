@@ -44,7 +44,7 @@ class Target(Protocol):
 
 def _dense_like(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An empty tensor of `shape` that keeps the layout of `tensor` where that is dense and of this shape."""
-    if tensor.shape == torch.Size(shape) and torch._prims_common.is_non_overlapping_and_dense(tensor):
+    if tensor.shape == torch.Size(shape) and torch._prims_common.is_non_overlapping_and_dense_or_false(tensor):
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=tensor.device)
     return torch.empty(shape, dtype=dtype, device=tensor.device)
 

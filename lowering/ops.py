@@ -18,6 +18,9 @@ from torch import fx
 from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND as Kind
 from torch._prims_common import elementwise_dtypes
 
+from snn_compile.lowering.cpp import expressions as cpu
+from snn_compile.lowering.triton import expressions as gpu
+
 aten = torch.ops.aten
 
 #: An expression: a format string over the operands, or a function of ``(operands, node)`` where constants decide the form.
@@ -39,127 +42,57 @@ class PointwiseOp:
     exact: bool = True
 
 
-def _alpha(node: fx.Node) -> float | int:
-    return node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)  # type: ignore[return-value]
-
-
-def _plus(sign: str, target: str) -> Expression:
-    def expression(operands: list[str], node: fx.Node) -> str:
-        a, b = operands[:2]
-        alpha = _alpha(node)
-        if alpha == 1:
-            return f"{a} {sign} {b}"
-        scaled = alpha if sign == "+" else -alpha
-        if not node.meta["val"].dtype.is_floating_point:
-            return f"{a} + {scaled} * {b}"
-        # eager's vectorised loop is a fused multiply-add
-        if target == "cpp":
-            return f"std::fma({b}, decltype({b})({scaled!r}), {a})"
-        return f"tl.fma({b}, tl.full({b}.shape, {scaled!r}, {b}.dtype), {a})"
-
-    return expression
-
-
-def _rsub(target: str) -> Expression:
-    def expression(operands: list[str], node: fx.Node) -> str:
-        if _alpha(node) != 1:
-            return f"{operands[1]} - {_alpha(node)!r} * {operands[0]}"
-        return f"{operands[1]} - {operands[0]}"
-
-    return expression
-
-
-def _power(general: str, sqrt: str) -> Expression:
-    """Eager's special exponents, in eager's order of multiplication."""
-
-    def expression(operands: list[str], node: fx.Node) -> str:
-        base, exponent = operands[0], node.args[1]
-        if not isinstance(exponent, fx.Node):
-            root = sqrt.format(base)
-            special = {
-                1: base,
-                2: f"{base} * {base}",
-                3: f"{base} * {base} * {base}",
-                0.5: root,
-                -0.5: f"1 / {root}",
-                -1: f"1 / {base}",
-                -2: f"1 / ({base} * {base})",
-            }
-            if exponent in special and node.meta["val"].dtype.is_floating_point:
-                return special[exponent]  # type: ignore[index]
-        return general.format(base, operands[1])
-
-    return expression
-
-
-def _clamp(nothing: str, below: str, above: str) -> Expression:
-    """``lo`` wins over nothing, ``hi`` over ``lo``; a NaN fails both comparisons and so stays."""
-
-    def expression(operands: list[str], node: fx.Node) -> str:
-        given = [node.kwargs.get("min"), node.kwargs.get("max")]
-        for i, bound in enumerate(node.args[1:3]):
-            given[i] = bound
-        value, rest = operands[0], iter(operands[1:])
-        if given[0] is not None:
-            value = below.format(value, next(rest))
-        if given[1] is not None:
-            value = above.format(f"({value})" if given[0] is not None else value, next(rest))
-        return value if any(b is not None for b in given) else nothing.format(value)
-
-    return expression
-
-
 COMPARE, FLOAT, BOOL = Kind.ALWAYS_BOOL, Kind.INT_TO_FLOAT, Kind.ALWAYS_BOOL
 
 
-def _unary(name: str, cpp: str, triton: str, **kw: object) -> PointwiseOp:
+def _unary(name: str, cpp: Expression, triton: Expression, **kw: object) -> PointwiseOp:
     kw.setdefault("promotion", FLOAT)
     return PointwiseOp((f"{name}.default",), cpp, triton, **kw)  # type: ignore[arg-type]
 
 
 ROWS: tuple[PointwiseOp, ...] = (
     # ------------------------------------------------------------------------------------------------- arithmetic
-    PointwiseOp(("add.Tensor", "add.Scalar"), _plus("+", "cpp"), _plus("+", "triton")),
-    PointwiseOp(("sub.Tensor", "sub.Scalar"), _plus("-", "cpp"), _plus("-", "triton")),
-    PointwiseOp(("rsub.Scalar", "rsub.Tensor"), _rsub("cpp"), _rsub("triton")),
-    PointwiseOp(("mul.Tensor", "mul.Scalar"), "{0} * {1}", "{0} * {1}"),
-    PointwiseOp(("div.Tensor", "div.Scalar"), "{0} / {1}", "tl.div_rn({0}, {1})", FLOAT),
-    PointwiseOp(("neg.default",), "-{0}", "-{0}"),
-    PointwiseOp(("abs.default",), "std::abs({0})", "tl.abs({0})"),
-    PointwiseOp(("sign.default", "sgn.default"), "({0} > 0) - ({0} < 0)", "({0} > 0) - ({0} < 0)"),
-    PointwiseOp(("relu.default",), "{0} < 0 ? 0 : {0}", "tl.where({0} < 0, 0, {0})"),
+    PointwiseOp(("add.Tensor", "add.Scalar"), cpu.add, gpu.add),
+    PointwiseOp(("sub.Tensor", "sub.Scalar"), cpu.sub, gpu.sub),
+    PointwiseOp(("rsub.Scalar", "rsub.Tensor"), cpu.rsub, gpu.rsub),
+    PointwiseOp(("mul.Tensor", "mul.Scalar"), cpu.mul, gpu.mul),
+    PointwiseOp(("div.Tensor", "div.Scalar"), "{0} / {1}", gpu.div, FLOAT),
+    PointwiseOp(("neg.default",), "-{0}", gpu.neg),
+    PointwiseOp(("abs.default",), cpu.absolute, gpu.absolute),
+    PointwiseOp(("sign.default", "sgn.default"), "({0} > 0) - ({0} < 0)", gpu.sign),
+    PointwiseOp(("relu.default",), "{0} < 0 ? 0 : {0}", gpu.relu),
     PointwiseOp(
-        ("maximum.default",), "({0} != {0} || {0} > {1}) ? {0} : {1}", "tl.where(({0} != {0}) | ({0} > {1}), {0}, {1})"
+        ("maximum.default",), cpu.maximum, gpu.maximum
     ),
     PointwiseOp(
-        ("minimum.default",), "({0} != {0} || {0} < {1}) ? {0} : {1}", "tl.where(({0} != {0}) | ({0} < {1}), {0}, {1})"
+        ("minimum.default",), cpu.minimum, gpu.minimum
     ),
     PointwiseOp(
         ("clamp.default", "clamp.Tensor", "hardtanh.default", "clamp_min.default", "clamp_min.Tensor"),
-        _clamp("{0}", "{0} < {1} ? {1} : {0}", "{0} > {1} ? {1} : {0}"),
-        _clamp("{0}", "tl.where({0} < {1}, {1}, {0})", "tl.where({0} > {1}, {1}, {0})"),
+        cpu.clamp,
+        gpu.clamp,
     ),
     PointwiseOp(
-        ("clamp_max.default", "clamp_max.Tensor"), "{0} > {1} ? {1} : {0}", "tl.where({0} > {1}, {1}, {0})"
+        ("clamp_max.default", "clamp_max.Tensor"), cpu.clamp_max, gpu.minimum
     ),
-    PointwiseOp(("floor.default",), "std::floor({0})", "tl.floor({0})"),
-    PointwiseOp(("ceil.default",), "std::ceil({0})", "tl.ceil({0})"),
-    PointwiseOp(("trunc.default",), "std::trunc({0})", "libdevice.trunc({0})"),
-    PointwiseOp(("round.default",), "std::nearbyint({0})", "libdevice.rint({0})"),
+    PointwiseOp(("floor.default",), cpu.rounding("floor"), gpu.rounding("tl.floor")),
+    PointwiseOp(("ceil.default",), cpu.rounding("ceil"), gpu.rounding("tl.ceil")),
+    PointwiseOp(("trunc.default",), cpu.rounding("trunc"), gpu.rounding("libdevice.trunc")),
+    PointwiseOp(("round.default",), cpu.rounding("nearbyint"), gpu.rounding("libdevice.rint")),
     # ------------------------------------------------------------------------------------------------- comparison
     *(
         PointwiseOp((f"{name}.Tensor", f"{name}.Scalar"), f"{{0}} {op} {{1}}", f"{{0}} {op} {{1}}", COMPARE)
         for name, op in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"), ("eq", "=="), ("ne", "!="))
     ),
     PointwiseOp(("isnan.default",), "{0} != {0}", "{0} != {0}", COMPARE),
-    PointwiseOp(("logical_not.default",), "!{0}", "{0} == 0", BOOL),
-    PointwiseOp(("logical_and.default",), "({0} != 0) & ({1} != 0)", "({0} != 0) & ({1} != 0)", BOOL),
-    PointwiseOp(("logical_or.default",), "({0} != 0) | ({1} != 0)", "({0} != 0) | ({1} != 0)", BOOL),
-    PointwiseOp(("logical_xor.default",), "({0} != 0) ^ ({1} != 0)", "({0} != 0) ^ ({1} != 0)", BOOL),
+    PointwiseOp(("logical_not.default",), "!{0}", gpu.logical_not, BOOL),
+    PointwiseOp(("logical_and.default",), "({0} != 0) & ({1} != 0)", gpu.logical("&"), BOOL),
+    PointwiseOp(("logical_or.default",), "({0} != 0) | ({1} != 0)", gpu.logical("|"), BOOL),
+    PointwiseOp(("logical_xor.default",), "({0} != 0) ^ ({1} != 0)", gpu.logical("^"), BOOL),
     PointwiseOp(
         ("bitwise_not.default",),
-        lambda a, n: f"!{a[0]}" if n.meta["val"].dtype == torch.bool else f"~{a[0]}",
-        lambda a, n: f"{a[0]} == 0" if n.meta["val"].dtype == torch.bool else f"~{a[0]}",
+        cpu.bitwise_not,
+        gpu.bitwise_not,
     ),
     PointwiseOp(("bitwise_and.Tensor", "bitwise_and.Scalar"), "{0} & {1}", "{0} & {1}"),
     PointwiseOp(("bitwise_or.Tensor", "bitwise_or.Scalar"), "{0} | {1}", "{0} | {1}"),
@@ -167,26 +100,27 @@ ROWS: tuple[PointwiseOp, ...] = (
     PointwiseOp(
         ("where.self", "where.ScalarOther", "where.ScalarSelf"), "{0} ? {1} : {2}", "tl.where({0}, {1}, {2})", None
     ),
-    PointwiseOp(("heaviside.default",), "{0} == 0 ? {1} : ({0} > 0)", "tl.where({0} == 0, {1}, {0} > 0)"),
+    PointwiseOp(("heaviside.default",), cpu.heaviside, gpu.heaviside),
     # --------------------------------------------------------------------------------------------- transcendental
-    _unary("sqrt", "std::sqrt({0})", "tl.sqrt_rn({0})"),
-    _unary("rsqrt", "1 / std::sqrt({0})", "tl.div_rn(1.0, tl.sqrt_rn({0}))", exact=False),
-    _unary("reciprocal", "1 / {0}", "tl.div_rn(1.0, {0})"),
-    _unary("sigmoid", "sigmoid({0})", "tl.div_rn(1.0, 1.0 + libdevice.exp(-{0}))", cpp_helpers=("sigmoid",)),
+    _unary("sqrt", cpu.sqrt, gpu.sqrt),
+    _unary("rsqrt", cpu.rsqrt, "libdevice.rsqrt({0})", exact=False),
+    _unary("reciprocal", "1 / {0}", gpu.reciprocal),
+    _unary("sigmoid", "sigmoid({0})", gpu.sigmoid, cpp_helpers=("sigmoid",)),
     _unary("exp", "vexp({0})", "libdevice.exp({0})", cpp_helpers=("vexp",), exact=False),
-    _unary("expm1", "std::expm1({0})", "libdevice.expm1({0})", exact=False),
+    _unary("expm1", "vexpm1({0})", "libdevice.expm1({0})", cpp_helpers=("vexpm1",), exact=False),
     _unary("log", "vlog({0})", "libdevice.log({0})", cpp_helpers=("vlog",), exact=False),
-    _unary("log1p", "std::log1p({0})", "libdevice.log1p({0})", exact=False),
+    _unary("log1p", "vlog1p({0})", "libdevice.log1p({0})", cpp_helpers=("vlog1p",), exact=False),
     _unary("tanh", "vtanh({0})", "libdevice.tanh({0})", cpp_helpers=("vtanh",), exact=False),
     _unary("sin", "vsin({0})", "libdevice.sin({0})", cpp_helpers=("vsin",), exact=False),
     _unary("cos", "vcos({0})", "libdevice.cos({0})", cpp_helpers=("vcos",), exact=False),
-    _unary("atan", "std::atan({0})", "libdevice.atan({0})", exact=False),
+    _unary("atan", "vatan({0})", "libdevice.atan({0})", cpp_helpers=("vatan",), exact=False),
     _unary("erf", "verf({0})", "libdevice.erf({0})", cpp_helpers=("verf",), exact=False),
-    _unary("erfc", "std::erfc({0})", "libdevice.erfc({0})", exact=False),
+    _unary("erfc", "verfc({0})", "libdevice.erfc({0})", cpp_helpers=("verfc",), exact=False),
     PointwiseOp(
         ("pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar"),
-        _power("std::pow({0}, {1})", "std::sqrt({0})"),
-        _power("libdevice.pow({0}, {1})", "tl.sqrt_rn({0})"),
+        cpu.power,
+        gpu.power,
+        cpp_helpers=("vpow", "integer_power"),
         exact=False,
     ),
     # -------------------------------------------------------------------------------------- conversion, constants

@@ -27,10 +27,9 @@ from torch import fx
 
 from snn_compile.errors import Reject, Rejection
 from snn_compile.ir.loop import Loop, LoopCarry, LoopConst, LoopInput, LoopOutput
-from snn_compile.ir.values import example, flat_nodes, is_getitem, user_line, user_location
+from snn_compile.ir.values import base_name, example, is_getitem, user_line, user_location
 from snn_compile.passes.find_repeats import Repeat, find_repeats
 from snn_compile.passes.functionalize import is_grad_switch, store
-from snn_compile.passes.trace_step import base_name
 
 Accept = Callable[[Loop], "Rejection | None"]
 

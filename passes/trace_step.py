@@ -17,7 +17,6 @@ promotion.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -29,6 +28,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, m
 
 from snn_compile.errors import Reject
 from snn_compile.ir.recurrence import Carry, Const, Output, Recurrence, TimeSeries
+from snn_compile.ir.values import base_name
 
 aten = torch.ops.aten
 
@@ -68,7 +68,7 @@ def trace_step(
     Raises `Reject` where the step is not pointwise over `shape`.
     """
     shape = tuple(int(s) for s in shape)
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):  # autograd's C++ makes real 0-d constants of its own
         operands = [torch.empty(shape, dtype=o.dtype, device=device) for o in (*carries, *xs)]
         operands += [torch.empty(() if c.is_scalar else shape, dtype=c.dtype, device=device) for c in consts]
     carries, ys, needs_grad = _find_differentiable(body, operands, carries, xs, consts, ys)
@@ -183,11 +183,6 @@ def _name_result(result: object, n: fx.Node) -> None:
         node.meta.setdefault("user_trace", n.meta.get("stack_trace", ""))
 
 
-def base_name(name: str) -> str:
-    """``v_12`` -> ``v``: Dynamo numbers the values of one Python variable."""
-    return re.sub(r"(_\d+)+$", "", name) or name
-
-
 def _name_nodes(gm: fx.GraphModule, names: Sequence[str]) -> None:
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for node, name in zip(placeholders, names, strict=True):
@@ -200,6 +195,8 @@ def _name_nodes(gm: fx.GraphModule, names: Sequence[str]) -> None:
 def simplify(gm: fx.GraphModule) -> None:
     """Erase identities, fold repeats (CSE) and dead nodes. Values are never re-associated: arithmetic stays eager's."""
     for node in list(gm.graph.nodes):
+        if node.op == "get_attr":
+            _inline_constant(gm, node)
         if node.op != "call_function":
             continue
         if node.target is aten._assert_tensor_metadata.default:
@@ -212,6 +209,19 @@ def simplify(gm: fx.GraphModule) -> None:
     _fold_repeats(gm.graph)
     gm.graph.eliminate_dead_code()
     gm.recompile()
+
+
+def _inline_constant(gm: fx.GraphModule, node: fx.Node) -> None:
+    """A 0-d tensor constant (autograd's ``where(mask, grad, 0.)``) -> ``full([], 0.)``"""
+    value = getattr(gm, str(node.target), None)
+    if not isinstance(value, torch.Tensor) or value.dim() != 0 or value.dtype.is_complex:
+        return
+    with gm.graph.inserting_before(node):
+        options = {"dtype": value.dtype, "device": value.device}
+        new = gm.graph.call_function(aten.full.default, ([], value.item()), options)
+    new.meta = {**node.meta, "val": value}
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
 
 
 def _is_identity(node: fx.Node) -> bool:

@@ -71,6 +71,8 @@ class Loop(nn.Module):
         super().__init__()
         self.name, self.length, self.body, self.location = name, length, body, location
         self.carries, self.xs, self.consts, self.ys = list(carries), list(xs), list(consts), list(ys)
+        #: recurrent and pointwise: can be one kernel (found by passes/distribute)
+        self.is_kernel = False
 
     def split(self, operands: Sequence) -> tuple[Sequence, Sequence, Sequence]:  # type: ignore[type-arg]
         """``operands -> inits, xs, consts``"""

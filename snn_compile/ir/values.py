@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterable
 
 import torch
@@ -59,6 +60,11 @@ def user_location(node: fx.Node) -> str:
 
 def user_line(node: fx.Node) -> str:
     """The source line of the user's code that made the node, for reports only."""
-    trace = node.meta.get("stack_trace") or ""
-    lines = [line.strip() for line in trace.splitlines() if line.strip()]
-    return lines[-1] if lines and not lines[-1].startswith("File ") else ""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    frames = [i for i, line in enumerate(lines) if line.startswith("File ")]
+    return lines[frames[-1] + 1] if frames and frames[-1] + 1 < len(lines) else ""
+
+
+def base_name(name: str) -> str:
+    """``v_12`` -> ``v``: Dynamo numbers the values of one Python variable."""
+    return re.sub(r"(_\d+)+$", "", name) or name

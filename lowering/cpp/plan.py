@@ -1,0 +1,66 @@
+"""The run-time numbers of a call: how the lanes are cut into blocks, how many steps a segment has, how many threads work.
+
+None of them is compiled in: a new T or N runs the same kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from snn_compile.lowering.cpp.writer import KernelSource
+
+#: Scratch memory of one thread in backward: the states before each step of one segment. About an L2 cache.
+SCRATCH_BYTES = 1 << 20
+#: Lane steps below which a second thread costs more than it brings.
+SERIAL_WORK = 1 << 15
+#: Bytes of results from which on they are stored past the caches.
+STREAM_BYTES = 1 << 22
+#: Fewest lanes of a block whose backward would rather have short segments than fewer lanes.
+FEWEST_LANES = 512
+
+
+@dataclass(frozen=True)
+class Plan:
+    threads: int
+    block_lanes: int
+    block_rows: int
+    segment: int
+    scratch_bytes: int
+
+
+def plan(source: KernelSource, sizes: tuple[int, ...], steps: int, threads: int) -> Plan:
+    lanes = rows = 1
+    for size in sizes[:-1]:
+        rows *= size
+    if rows * sizes[-1] * steps < SERIAL_WORK:
+        threads = 1
+    most = _most_lanes(source, steps)
+    lanes = _even(sizes[-1], most, threads if rows == 1 else 1)
+    block_rows = 1
+    if len(sizes) > 1 and sizes[-1] <= most:
+        outer = rows // sizes[-2] if sizes[-2] else 1
+        wanted = max(1, threads // outer) if outer else 1
+        block_rows = max(1, min(most // lanes, -(-sizes[-2] // wanted)))
+    capacity = lanes * block_rows
+    segment = steps
+    if source.record_bytes:
+        segment = max(1, min(steps, SCRATCH_BYTES // (capacity * source.record_bytes)))
+    segments = -(-steps // segment) if steps else 0
+    scratch = capacity * (segment * source.record_bytes + segments * source.checkpoint_bytes)
+    return Plan(threads, lanes, block_rows, max(1, segment), -(-scratch // 64) * 64)
+
+
+def _most_lanes(source: KernelSource, steps: int) -> int:
+    """As many as the arrays hold; fewer where the whole trajectory fits the scratch then."""
+    most = source.lanes
+    if source.record_bytes and steps:
+        fitting = SCRATCH_BYTES // (source.record_bytes * steps) // 16 * 16
+        most = min(most, max(FEWEST_LANES, fitting))
+    return most
+
+
+def _even(size: int, most: int, threads: int) -> int:
+    """Lanes of a block: equal blocks, a whole number of them a thread, multiples of a cache line."""
+    blocks = max(1, -(-size // most))
+    blocks = -(-blocks // threads) * threads
+    return min(most, max(16, -(-(-(-size // blocks)) // 16) * 16))

@@ -1,0 +1,161 @@
+"""The helper functions of generated kernels. Only those that a kernel calls, and what they call, appear in its text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Helper:
+    text: str
+    requires: tuple[str, ...] = ()
+
+
+_STREAM = """
+// Copies a finished row past the caches: it is not read again here, and a plain store would read it from memory first.
+static inline void stream(void* to, const void* from, int64_t bytes) {
+  char* target = static_cast<char*>(to);
+  const char* source = static_cast<const char*>(from);
+#if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
+  typedef float chunk __attribute__((vector_size(64), aligned(4), may_alias));
+  if (reinterpret_cast<uintptr_t>(to) % 64 == 0)
+    for (; bytes >= 64; bytes -= 64, target += 64, source += 64)
+      __builtin_ia32_movntps512(reinterpret_cast<float*>(target), *reinterpret_cast<const chunk*>(source));
+#elif defined(__AVX__) && defined(__GNUC__) && !defined(__clang__)
+  typedef float chunk __attribute__((vector_size(32), aligned(4), may_alias));
+  if (reinterpret_cast<uintptr_t>(to) % 32 == 0)
+    for (; bytes >= 32; bytes -= 32, target += 32, source += 32)
+      __builtin_ia32_movntps256(reinterpret_cast<float*>(target), *reinterpret_cast<const chunk*>(source));
+#endif
+  __builtin_memcpy(target, source, bytes);
+}
+"""
+
+_BF16 = """
+static inline float load_bf16(uint16_t bits) { return __builtin_bit_cast(float, uint32_t(bits) << 16); }
+
+static inline uint16_t store_bf16(float rounded) { return __builtin_bit_cast(uint32_t, rounded) >> 16; }
+
+// To the nearest bf16, ties to even.
+static inline float round_bf16(float x) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+  return __builtin_bit_cast(float, x != x ? 0x7fc00000u : rounded);
+}
+"""
+
+_FP16 = """
+static inline float load_fp16(uint16_t bits) {
+  const uint32_t sign = uint32_t(bits & 0x8000) << 16, magnitude = bits & 0x7fff;
+  const uint32_t normal = (magnitude << 13) + (magnitude < 0x7c00 ? 112u << 23 : 224u << 23);
+  const uint32_t subnormal = __builtin_bit_cast(uint32_t, float(int32_t(magnitude)) * 0x1p-24f);
+  return __builtin_bit_cast(float, sign | (magnitude < 0x0400 ? subnormal : normal));
+}
+
+static inline uint16_t store_fp16(float rounded) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, rounded), magnitude = bits & 0x7fffffff;
+  const uint32_t normal = (magnitude - (112u << 23)) >> 13;
+  const uint32_t small = magnitude < 0x38800000u ? magnitude : 0;
+  const uint32_t subnormal = int32_t(__builtin_bit_cast(float, small) * 0x1p24f);
+  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+  const uint32_t half = magnitude > 0x7f800000u ? 0x7e00 : magnitude == 0x7f800000u ? 0x7c00 : finite;
+  return uint16_t((bits >> 16 & 0x8000) | half);
+}
+
+// To the nearest fp16, ties to even.
+static inline float round_fp16(float x) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x), sign = bits & 0x80000000u, magnitude = bits & 0x7fffffff;
+  const uint32_t normal = (magnitude + 0xfff + (magnitude >> 13 & 1)) & 0xffffe000u;
+  const float small = __builtin_bit_cast(float, magnitude < 0x38800000u ? magnitude : 0);
+  const uint32_t subnormal = __builtin_bit_cast(uint32_t, (small + 0.5f) - 0.5f);  // multiples of 2^-24
+  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal >= 0x47800000u ? 0x7f800000u : normal;
+  return __builtin_bit_cast(float, sign | (magnitude > 0x7f800000u ? 0x7fc00000u : finite));
+}
+"""
+
+
+
+#: name: (Sleef's name and accuracy, the one at::vec calls where it calls Sleef; number of operands)
+_SLEEF = {
+    "exp": ("u10", 1),
+    "expm1": ("u10", 1),
+    "log": ("u10", 1),
+    "log1p": ("u10", 1),
+    "tanh": ("u10", 1),
+    "sin": ("u35", 1),
+    "cos": ("u35", 1),
+    "atan": ("u10", 1),
+    "erf": ("u10", 1),
+    "erfc": ("u15", 1),
+    "pow": ("u10", 2),
+}
+
+
+def _transcendental(name: str, real: str) -> Helper:
+    """A scalar function whose vector variants are Sleef's: the last lanes of a row give the same bits as the others."""
+    accuracy, arity = _SLEEF[name]
+    f, wide = ("f", "f8") if real == "float" else ("", "d4")
+    scalar, vector, lanes = f"Sleef_{name}{f}_{accuracy}", f"Sleef_{name}{wide}_{accuracy}", f"{name}_{real}s"
+    types = ", ".join([real] * arity)
+    parameters = ", ".join(f"{real} {c}" for c in "xy"[:arity])
+    arguments = ", ".join("xy"[:arity])
+    splats = ", ".join(f"{lanes}{{}} + {c}" for c in "xy"[:arity])
+    return Helper(
+        f"""
+#ifdef SLEEF  // libtorch_cpu holds the vector variants, which eager calls too; the scalar one is a lane of a vector
+extern "C" {{
+#pragma omp declare simd notinbranch
+__attribute__((const)) {real} {scalar}({types});
+typedef {real} {lanes} __attribute__((vector_size(32)));
+{lanes} {vector}({", ".join([lanes] * arity)});
+__attribute__((used, visibility("hidden"))) {real} {name}_{real}({parameters}) {{ return {vector}({splats})[0]; }}
+asm(".set {scalar}, {name}_{real}");
+}}
+static inline {real} v{name}({parameters}) {{ return {scalar}({arguments}); }}
+#else
+static inline {real} v{name}({parameters}) {{ return __builtin_{name}{f}({arguments}); }}
+#endif
+"""
+    )
+
+
+def _sigmoid(real: str) -> Helper:
+    text = f"""
+static inline {real} sigmoid({real} x) {{ return 1 / (1 + vexp(-x)); }}
+"""
+    return Helper(text, (f"vexp.{real}",))
+
+
+HELPERS: dict[str, Helper] = {
+    "min": Helper("""
+static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+"""),
+    "stream": Helper(_STREAM),
+    "integer_power": Helper("""
+static inline int64_t integer_power(int64_t base, int64_t exponent) {
+  int64_t result = 1;
+  for (; exponent > 0; exponent >>= 1, base *= base) result *= exponent & 1 ? base : 1;
+  return result;
+}
+"""),
+    "bf16": Helper(_BF16),
+    "fp16": Helper(_FP16),
+    **{f"v{name}.{real}": _transcendental(name, real) for name in _SLEEF for real in ("float", "double")},
+    **{f"sigmoid.{real}": _sigmoid(real) for real in ("float", "double")},
+}
+
+
+def prelude(used: Iterable[str]) -> str:
+    """The texts of the helpers `used`, dependencies first."""
+    order: list[str] = []
+
+    def visit(name: str) -> None:
+        for required in HELPERS[name].requires:
+            visit(required)
+        if name not in order:
+            order.append(name)
+
+    for name in sorted(used):
+        visit(name)
+    return "".join(HELPERS[name].text for name in order)

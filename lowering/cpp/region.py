@@ -1,0 +1,204 @@
+"""The part of a graph that one lane loop computes, and how far out of the time loop each value of it can be computed.
+
+    for t: for row: for lane: v = v * sigmoid(w) * exp(-dt)        (w a row of parameters, dt a number)
+
+    ->  exp(-dt) once a kernel, sigmoid(w) once a lane into an array, the rest once a step and lane
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from torch import fx
+
+from snn_compile.lowering.cpp.emit import Emitter, Text, is_expensive, levels, needed, results
+from snn_compile.lowering.cpp.literals import HELD
+from snn_compile.lowering.cpp.names import Names
+from snn_compile.lowering.cpp.tensors import TensorArgument
+from snn_compile.lowering.cpp.writer import Writer
+
+#: Where a value is computed: once a kernel, once a row, once a lane, once a step and lane.
+KERNEL, ROW, LANE, STEP = range(4)
+
+
+class Invariants:
+    """The values that do not change over time; one for all graphs of a kernel, so that equal ones are computed once."""
+
+    def __init__(self, names: Names) -> None:
+        self.names = names
+        self.values: dict[int, Text] = {}
+        self.arrays: dict[int, str] = {}
+        self._numbers: dict[tuple[str, ...], int] = {}
+
+    def number(self, node: fx.Node, name: Mapping[fx.Node, str]) -> int:
+        """Value numbering: equal for nodes of different graphs that stand for the same expression."""
+        if node.op == "placeholder":
+            key: tuple[str, ...] = ("placeholder", name[node])
+        else:
+            args = fx.map_arg((node.args, dict(node.kwargs)), lambda n: f"#{self.number(n, name)}")
+            key = (str(node.target), repr(args))
+        return self._numbers.setdefault(key, len(self._numbers))
+
+
+class Region:
+    """See the module's docstring. `names` has the value of each placeholder, `constants` those that are the same at all t."""
+
+    def __init__(
+        self,
+        writer: Writer,
+        graph: fx.Graph,
+        wanted: Iterable[int],
+        names: Sequence[str],
+        constants: Mapping[int, TensorArgument],
+        invariants: Invariants,
+    ) -> None:
+        self.writer, self.invariants = writer, invariants
+        returned = results(graph)
+        self.results = {i: returned[i] for i in wanted}
+        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        self.names = dict(zip(placeholders, names, strict=True))
+        self.positions = {n: i for i, n in enumerate(placeholders)}
+        self.constants = {n: constants[i] for n, i in self.positions.items() if i in constants}
+        nodes = needed(graph, self.results.values())
+        self.level = levels(nodes, {n: self._level_of(n) for n in placeholders})
+        self.hoisted = self._find_hoisted(nodes)
+        self.in_lanes = self._closure(self.results.values())
+        self.kernel_values = {n: Text(self.names[n], n.meta["val"].dtype) for n in self._placeholders(nodes, KERNEL)}
+        self.kernel_nodes = nodes
+
+    def _level_of(self, placeholder: fx.Node) -> int:
+        tensor = self.constants.get(placeholder)
+        if tensor is None:
+            return STEP
+        if tensor.inner:
+            return LANE
+        return KERNEL if self.writer.layout.ndim == 1 or placeholder.meta["val"].dim() == 0 else ROW
+
+    def _placeholders(self, nodes: Iterable[fx.Node], level: int) -> list[fx.Node]:
+        return [n for n in nodes if n.op == "placeholder" and self.level[n] == level]
+
+    def _find_hoisted(self, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+        """The values of a lane that do not change over time, are not free, and that the steps read."""
+        costly: set[fx.Node] = set()
+        for node in nodes:
+            if self.level[node] == LANE and node.op != "placeholder":
+                if is_expensive(node) or any(i in costly for i in node.all_input_nodes):
+                    costly.add(node)
+        returned = set(self.results.values())
+        return [n for n in nodes if n in costly and (n in returned or any(self.level.get(u) == STEP for u in n.users))]
+
+    def _closure(self, wanted: Iterable[object], stop: Callable[[fx.Node], bool] | None = None) -> list[fx.Node]:
+        """The nodes computed in a lane loop for `wanted`, and the outer values that they read, in order."""
+        stop = stop or (lambda node: node in self.hoisted)
+        found: set[fx.Node] = set()
+        stack = [n for n in wanted if isinstance(n, fx.Node)]
+        while stack:
+            node = stack.pop()
+            if node in found:
+                continue
+            found.add(node)
+            if self.level[node] >= LANE and not stop(node):
+                stack += node.all_input_nodes
+            elif self.level[node] == ROW:
+                stack += node.all_input_nodes
+        return [n for n in self.level if n in found]
+
+    def reads(self, position: int) -> bool:
+        """Whether the lane loop reads this placeholder."""
+        return any(self.positions.get(n) == position for n in self.in_lanes)
+
+    # ------------------------------------------------------------------------------------------------------- emission
+
+    def emit_kernel_values(self) -> None:
+        """At the top of the function: numbers and dimensionless tensors."""
+        emitter = Emitter(self.invariants.names, self.kernel_values, self.writer.helpers)
+        for node in self.kernel_nodes:
+            if self.level[node] != KERNEL:
+                continue
+            number = self.invariants.number(node, self.names)
+            if number in self.invariants.values:
+                self.kernel_values[node] = self.invariants.values[number]
+                continue
+            if node.op == "placeholder":
+                tensor = self.constants[node]
+                self.writer.line(f"const {HELD[tensor.dtype]} {self.names[node]} = {tensor.load_from(tensor.pointer)};")
+            else:
+                read_further_in = any(self.level.get(u, KERNEL) > KERNEL for u in node.users)
+                kept = [node] if read_further_in or node in self.results.values() else []
+                self.writer.line(*emitter.statements([node], kept))
+            self.invariants.values[number] = self.kernel_values[node]
+
+    def emit_hoisted(self) -> None:
+        """At the top of a block: the arrays of `hoisted`."""
+        missing = [n for n in self.hoisted if self.invariants.number(n, self.names) not in self.invariants.arrays]
+        if not missing:
+            return
+        nodes = self._closure(missing, stop=lambda node: False)
+        for node in missing:
+            stem = self.writer.stems.unique(self.invariants.names.copy().unique(_name(node)))
+            array = self.writer.array(f"{stem}_lanes", node.meta["val"].dtype)
+            self.invariants.arrays[self.invariants.number(node, self.names)] = array
+        with self.writer.rows(self._tensors(nodes)):
+            emitter = self._emit_rows(nodes)
+            with self.writer.lanes():
+                self._emit_lanes(emitter, nodes, {}, missing, set())
+                for node in missing:
+                    array = self.invariants.arrays[self.invariants.number(node, self.names)]
+                    self.writer.line(f"{self.writer.here(array)} = {emitter.values[node].code};")
+
+    def tensors(self) -> list[TensorArgument]:
+        """The constants that the rows of the lane loop need pointers to."""
+        return self._tensors(self.in_lanes)
+
+    def emit_rows(self) -> Emitter:
+        return self._emit_rows(self.in_lanes)
+
+    def emit_lanes(self, emitter: Emitter, loads: Mapping[int, str]) -> None:
+        """Inside the lane loop: load what changes over time (`loads`, by position) and compute the results."""
+        self._emit_lanes(emitter, self.in_lanes, loads, (), set(self.hoisted))
+
+    def value(self, emitter: Emitter, result: int, dtype) -> str:  # type: ignore[no-untyped-def]
+        return emitter.value(self.results[result], dtype)
+
+    def _tensors(self, nodes: Iterable[fx.Node]) -> list[TensorArgument]:
+        return [self.constants[n] for n in nodes if n in self.constants and self.level[n] in (ROW, LANE)]
+
+    def _emit_rows(self, nodes: Sequence[fx.Node]) -> Emitter:
+        emitter = Emitter(self.invariants.names.copy(), dict(self.kernel_values), self.writer.helpers)
+        for node in self._placeholders(nodes, ROW):
+            self._load(emitter, node, self.constants[node].load())
+        row_nodes = [n for n in nodes if self.level[n] == ROW and n.op != "placeholder"]
+        kept = [n for n in row_nodes if n in self.results.values() or any(self.level.get(u, ROW) > ROW for u in n.users)]
+        self.writer.line(*emitter.statements(row_nodes, kept))
+        return emitter
+
+    def _emit_lanes(
+        self,
+        emitter: Emitter,
+        nodes: Sequence[fx.Node],
+        loads: Mapping[int, str],
+        kept: Iterable[fx.Node],
+        from_arrays: set[fx.Node],
+    ) -> None:
+        for node in nodes:
+            if self.level[node] < LANE or (node.op != "placeholder" and node not in from_arrays):
+                continue
+            if node in from_arrays:
+                array = self.invariants.arrays[self.invariants.number(node, self.names)]
+                name = emitter.names.unique(_name(node))
+                self.writer.line(f"const {HELD[node.meta['val'].dtype]} {name} = {self.writer.here(array)};")
+                emitter.values[node] = Text(name, node.meta["val"].dtype)
+            else:
+                tensor = self.constants.get(node)
+                self._load(emitter, node, tensor.load() if tensor else loads[self.positions[node]])
+        computed = [n for n in nodes if self.level[n] >= LANE and n.op != "placeholder" and n not in from_arrays]
+        self.writer.line(*emitter.statements(computed, kept))
+
+    def _load(self, emitter: Emitter, node: fx.Node, code: str) -> None:
+        dtype = node.meta["val"].dtype
+        self.writer.line(f"const {HELD[dtype]} {self.names[node]} = {code};")
+        emitter.values[node] = Text(self.names[node], dtype)
+
+
+def _name(node: fx.Node) -> str:
+    return node.meta.get("user_name") or node.name.strip("_")

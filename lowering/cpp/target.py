@@ -1,0 +1,94 @@
+"""The CPU target: C++ that the compiler vectorises, on all cores."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from snn_compile.ir.recurrence import Recurrence
+from snn_compile.lowering.cpp import compiler
+from snn_compile.lowering.cpp.codegen import generate
+from snn_compile.lowering.cpp.plan import STREAM_BYTES, Plan, plan
+from snn_compile.lowering.cpp.writer import KernelSource, Parameter
+from snn_compile.lowering.launch import Direction, Kernel
+from snn_compile.lowering.layout import Layout, Placement
+
+_C_TYPES = {"pointer": ctypes.c_void_p, "scratch": ctypes.c_void_p, "streaming": ctypes.c_bool}
+
+
+class CppTarget:
+    name = "cpp"
+
+    def __init__(self) -> None:
+        self._kernels: dict[str, Kernel] = {}
+        self._lock = threading.Lock()
+
+    def missing(self) -> str | None:
+        return compiler.missing()
+
+    def source(self, recurrence: Recurrence, direction: Direction, layout: Layout) -> str:
+        return generate(recurrence, direction, layout).text
+
+    def kernel(self, recurrence: Recurrence, direction: Direction, layout: Layout) -> Kernel:
+        source = generate(recurrence, direction, layout)
+        with self._lock:
+            kernel = self._kernels.get(source.text)
+            if kernel is None:
+                kernel = self._kernels[source.text] = _CompiledKernel(source)
+        return kernel
+
+
+class _CompiledKernel:
+    """A loaded kernel: gathers the arguments of a call."""
+
+    def __init__(self, source: KernelSource) -> None:
+        self.source = source
+        self._library = compiler.load(source.text)  # keeps the function's code mapped
+        self._function = getattr(self._library, source.entry)
+        self._function.argtypes = [_C_TYPES.get(p.kind, ctypes.c_int64) for p in source.parameters]
+        self._function.restype = None
+        self._reversed = frozenset(source.reversed)
+
+    def __call__(self, tensors: Sequence[Tensor], placement: Placement, steps: int) -> None:
+        now = plan(self.source, placement.sizes, steps, torch.get_num_threads())
+        scratch = torch.empty(now.threads * now.scratch_bytes, dtype=torch.uint8) if now.scratch_bytes else None
+        arguments = [self._argument(p, tensors, placement, steps, now, scratch) for p in self.source.parameters]
+        self._function(*arguments)
+
+    def _argument(
+        self,
+        parameter: Parameter,
+        tensors: Sequence[Tensor],
+        placement: Placement,
+        steps: int,
+        now: Plan,
+        scratch: Tensor | None,
+    ) -> int:
+        kind, i = parameter.kind, parameter.tensor
+        if kind == "pointer":
+            return self._address(tensors[i], placement.time_strides[i], steps, i in self._reversed)
+        if kind == "stride_t":
+            return -placement.time_strides[i] if i in self._reversed else placement.time_strides[i]
+        if kind == "stride":
+            return placement.strides[i][parameter.dim]
+        if kind == "size":
+            return placement.sizes[parameter.dim]
+        if kind == "steps":
+            return steps
+        if kind == "streaming":
+            return self._is_streaming(tensors, now)
+        if kind == "scratch":
+            return scratch.data_ptr() if scratch is not None else 0
+        return getattr(now, kind)
+
+    def _address(self, tensor: Tensor, stride_t: int, steps: int, reverse: bool) -> int:
+        last = (steps - 1) * stride_t * tensor.element_size() if reverse and steps else 0
+        return tensor.data_ptr() + last
+
+    def _is_streaming(self, tensors: Sequence[Tensor], now: Plan) -> bool:
+        total = sum(tensors[i].numel() * tensors[i].element_size() for i in self.source.streamed)
+        return total >= STREAM_BYTES and now.block_lanes >= 256

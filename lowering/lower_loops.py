@@ -1,0 +1,140 @@
+"""A pointwise recurrent `Loop` becomes one custom op.
+
+    y, v = loop(v0, x, w)   ->   y, v = torch.ops.snn_compile.recurrence_<hash>(v0, x, w, T)
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from snn_compile.errors import Reject
+from snn_compile.ir.loop import Loop
+from snn_compile.ir.recurrence import Carry, Const, Output, Recurrence, TimeSeries
+from snn_compile.ir.values import example, shape_hint
+from snn_compile.lowering import ops
+from snn_compile.lowering.registration import TargetFor, register
+from snn_compile.passes.trace_step import StepInterpreter, trace_step
+
+
+def make_recurrence(call: fx.Node, loop: Loop, grad_enabled: bool) -> Recurrence:
+    """Trace and differentiate the loop's body; raises `Reject` where it cannot be a kernel."""
+    inits, xs, consts = loop.split(call.args)
+
+    def needs_grad(node: object) -> bool:
+        value = example(node)
+        return grad_enabled and isinstance(value, torch.Tensor) and value.requires_grad
+
+    shape = _lanes(call, loop)
+    carries = [
+        Carry(c.name, c.example.dtype, init_needs_grad=needs_grad(i), is_result=c.is_result)
+        for c, i in zip(loop.carries, inits, strict=True)
+    ]
+    series = [
+        TimeSeries(x.name, x.example.dtype, needs_grad(o), x.reverse) for x, o in zip(loop.xs, xs, strict=True)
+    ]
+    constants = [_const(c.name, example(o), needs_grad(o)) for c, o in zip(loop.consts, consts, strict=True)]
+    ys = [Output(y.name, y.example.dtype, y.dim, reverse=y.reverse) for y in loop.ys]
+    _check_promotion(call, loop, shape)
+    recurrence = trace_step(
+        _runner(loop),
+        name=loop.name,
+        carries=carries,
+        xs=series,
+        consts=constants,
+        ys=ys,
+        shape=shape,
+        device=_device(call, loop),
+        supported=ops.is_supported,
+    )
+    for traced, wanted in zip(recurrence.ys, loop.ys, strict=True):
+        if traced.dtype != wanted.example.dtype:
+            raise Reject(f"'{wanted.name}' is {wanted.example.dtype} in the loop and {traced.dtype} in its trace")
+    recurrence.location = loop.location
+    return recurrence
+
+
+def lower_loop(gm: fx.GraphModule, call: fx.Node, loop: Loop, recurrence: Recurrence, target_for: TargetFor) -> fx.Node:
+    """Replace the call of `loop` by the recurrence's op."""
+    op = register(recurrence, target_for)
+    graph = gm.graph
+    with graph.inserting_before(call):
+        new = graph.call_function(op, (*call.args, loop.length))
+        new.meta = dict(call.meta)
+        results = [*loop.ys, *(c for c in loop.carries if c.is_result)]
+        users = list(call.users)
+        for user in users:
+            index = user.args[1]
+            assert isinstance(index, int)
+            result = new if len(results) == 1 else graph.call_function(operator.getitem, (new, index))
+            if result is not new:
+                result.meta = dict(user.meta)
+            user.replace_all_uses_with(result)
+            graph.erase_node(user)
+        if len(results) == 1 and users:
+            new.meta["example_value"] = users[0].meta.get("example_value")
+    graph.erase_node(call)
+    delattr(gm, str(call.target))
+    return new
+
+
+def _runner(loop: Loop):  # type: ignore[no-untyped-def]
+    def run(*args: torch.Tensor) -> list[torch.Tensor]:
+        return list(StepInterpreter(loop.body).run(*args))
+
+    return run
+
+
+def _lanes(call: fx.Node, loop: Loop) -> tuple[int, ...]:
+    """The recurrence's shape, which must be the shape of each of its values."""
+    inits, xs, consts = loop.split(call.args)
+    shapes = [shape_hint(v)[1:] for v in map(example, xs)]  # type: ignore[arg-type]
+    for operand in (*inits, *consts):
+        value = example(operand)
+        if not isinstance(value, torch.Tensor):
+            raise Reject(f"the loop reads '{operand}', which is not a tensor", location=loop.location)
+        shapes.append(shape_hint(value))
+    shape = tuple(torch.broadcast_shapes(*shapes)) if shapes else ()
+    next_carries, values = loop.results()
+    for node in (*next_carries, *values):
+        value = example(node)
+        if isinstance(value, torch.Tensor) and shape_hint(value) != shape:
+            raise Reject(
+                f"'{node.name}' has shape {shape_hint(value)} in a loop over {shape}", location=loop.location
+            )
+    return shape
+
+
+def _device(call: fx.Node, loop: Loop) -> torch.device:
+    devices = {v.device for v in map(example, call.args) if isinstance(v, torch.Tensor)}
+    if len(devices) != 1:
+        raise Reject(
+            f"its operands lie on {', '.join(sorted(map(str, devices))) or 'no device'}",
+            location=loop.location,
+            hint="move all of them to one device",
+        )
+    return devices.pop()
+
+
+def _const(name: str, value: object, needs_grad: bool) -> Const:
+    assert isinstance(value, torch.Tensor)
+    return Const(name, value.dtype, needs_grad, is_scalar=value.dim() == 0 and not needs_grad)
+
+
+def _check_promotion(call: fx.Node, loop: Loop, shape: tuple[int, ...]) -> None:
+    """A 0-d operand that the trace widens must have the dtype of the others: 0-d tensors do not promote them."""
+    inits, xs, consts = loop.split(call.args)
+    examples = [c.example for c in loop.carries] + [x.example for x in loop.xs]
+    examples += [v for v in map(example, consts) if isinstance(v, torch.Tensor) and v.requires_grad]
+    whole = {v.dtype for v in examples if v.dim() > 0 and v.dtype.is_floating_point}
+    for value in examples:
+        if shape and value.dim() == 0 and whole and value.dtype not in whole | {torch.bool}:
+            raise Reject(
+                f"a 0-d tensor of {value.dtype} meets tensors of {', '.join(map(str, whole))} in the loop",
+                location=loop.location,
+                hint="convert it to their dtype before the loop",
+            )
+
+

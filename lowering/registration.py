@@ -1,0 +1,165 @@
+"""One custom op a recurrence, with its backward op, named by content.
+
+    snn_compile::recurrence_<hash>(inits, xs, consts, steps) -> (ys, finals)
+
+PyTorch's FX-graph and AOTAutograd caches key on the *name* of an op, so the name holds a hash of the step, its backward, the
+signature and the version of the generator: a changed surrogate formula is another op. One library fragment lives as long as
+the process, because a cached overload must never outlive its library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+
+import torch
+from torch import Tensor, fx
+
+from snn_compile.ir.recurrence import Recurrence
+from snn_compile.lowering.launch import Target, allocate_gradients, allocate_results, run_backward, run_forward
+
+NAMESPACE = "snn_compile"
+#: Bump when generated code changes meaning: part of every op name.
+GENERATOR_VERSION = 1
+
+TargetFor = Callable[[torch.device], Target]
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_registered: dict[str, Recurrence] = {}
+_lock = threading.Lock()
+
+
+def content_hash(recurrence: Recurrence) -> str:
+    """Hash of everything that decides what the op computes - not of names, places or shapes."""
+
+    def spec(item: object) -> str:
+        return repr([(f.name, getattr(item, f.name)) for f in fields(item) if f.name != "name"])  # type: ignore[arg-type]
+
+    parts = [str(GENERATOR_VERSION)]
+    for items in (recurrence.carries, recurrence.xs, recurrence.consts, recurrence.ys):
+        parts.append(";".join(spec(i) for i in items))
+    parts.append(canonical_text(recurrence.step))
+    parts.append(canonical_text(recurrence.backward) if recurrence.backward is not None else "")
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+
+
+def canonical_text(gm: fx.GraphModule) -> str:
+    """The graph with numbered values, so that equal computations have equal text."""
+    numbers: dict[fx.Node, str] = {}
+    lines = []
+    for n in gm.graph.nodes:
+        numbers[n] = f"%{len(numbers)}"
+        args = fx.node.map_arg((n.args, tuple(sorted(n.kwargs.items()))), numbers.__getitem__)
+        dtype = getattr(n.meta.get("val"), "dtype", "")
+        lines.append(f"{numbers[n]}:{dtype}={n.op}:{'' if n.op == 'placeholder' else n.target}{args}")
+    return "\n".join(lines)
+
+
+def register(recurrence: Recurrence, target_for: TargetFor) -> torch._ops.OpOverload:
+    """Define the op once per process and give its overload."""
+    name = f"recurrence_{content_hash(recurrence)}"
+    with _lock:
+        if name not in _registered:
+            _define(name, recurrence, target_for)
+            _registered[name] = recurrence
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def registered() -> dict[str, Recurrence]:
+    """All recurrences of this process by op name."""
+    return dict(_registered)
+
+
+def _define(name: str, recurrence: Recurrence, target_for: TargetFor) -> None:
+    n_operands = len(recurrence.carries) + len(recurrence.xs) + len(recurrence.consts)
+    n_results = len(recurrence.ys) + len(recurrence.finals)
+    operands = ", ".join(f"Tensor a{i}" for i in range(n_operands))
+    _op(
+        name,
+        f"({operands}, SymInt steps) -> ({', '.join(['Tensor'] * n_results)})",
+        lambda *a: _tuple(run_forward(recurrence, target_for(a[0].device), a[:-1], a[-1])),
+        lambda *a: _tuple(allocate_results(recurrence, a[:-1], a[-1])),
+    )
+    if recurrence.backward is None:
+        return
+    n_cts = len(recurrence.differentiable_ys) + sum(c.differentiable for c in recurrence.finals)
+    n_grads = sum(_needs_grad(recurrence))
+    cts = "".join(f", Tensor? g{i}" for i in range(n_cts))
+    _op(
+        f"{name}_backward",
+        f"({operands}{cts}, SymInt steps) -> ({', '.join(['Tensor'] * n_grads)})",
+        lambda *a: _tuple(
+            run_backward(recurrence, target_for(a[0].device), a[:n_operands], a[n_operands:-1], a[-1])
+        ),
+        lambda *a: _tuple(allocate_gradients(recurrence, a[:n_operands], a[-1])),
+    )
+    _register_autograd(name, recurrence)
+
+
+def _op(name: str, schema: str, run: Callable, fake: Callable) -> None:  # type: ignore[type-arg]
+    tags = [torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides]
+    _library.define(name + schema, tags=tags)
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+
+
+def _tuple(tensors: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
+
+def _needs_grad(recurrence: Recurrence) -> list[bool]:
+    return [
+        *(c.init_needs_grad for c in recurrence.carries),
+        *(x.needs_grad for x in recurrence.xs),
+        *(c.needs_grad for c in recurrence.consts),
+    ]
+
+
+def _register_autograd(name: str, recurrence: Recurrence) -> None:
+    needs_grad = _needs_grad(recurrence)
+    is_series = [len(recurrence.carries) <= i < len(recurrence.carries) + len(recurrence.xs) for i in range(len(needs_grad))]
+    differentiable = [y.differentiable for y in recurrence.ys] + [c.differentiable for c in recurrence.finals]
+    backward_op = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward").default
+
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        outputs = output if isinstance(output, (tuple, list)) else (output,)
+        ctx.save_for_backward(*inputs[:-1])
+        ctx.steps = inputs[-1]
+        ctx.set_materialize_grads(False)
+        fixed = [o for o, d in zip(outputs, differentiable, strict=True) if not d]
+        if fixed:
+            ctx.mark_non_differentiable(*fixed)
+
+    def backward(ctx, *cotangents):  # type: ignore[no-untyped-def]
+        operands = ctx.saved_tensors
+        wanted = [c for c, d in zip(cotangents, differentiable, strict=True) if d]
+        if all(c is None for c in wanted):
+            return (*(None,) * len(operands), None)
+        gradients = backward_op(*operands, *wanted, ctx.steps)
+        rest = iter(gradients if isinstance(gradients, (tuple, list)) else (gradients,))
+        summed = [
+            sum_to(next(rest), o, timed) if needed else None
+            for o, needed, timed in zip(operands, needs_grad, is_series, strict=True)
+        ]
+        return (*summed, None)
+
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library
+    )
+
+
+def sum_to(gradient: Tensor, operand: Tensor, is_series: bool) -> Tensor:
+    """Sum over the dims in which the operand was broadcast, and cast to its dtype.
+
+    Operands are aligned at the right; of a time series the leading dim is time, and missing dims lie behind it.
+    """
+    missing = gradient.dim() - operand.dim()
+    if missing:
+        first = 1 if is_series else 0
+        gradient = gradient.sum(list(range(first, first + missing)))
+    dims = [d for d, (g, s) in enumerate(zip(gradient.shape, operand.shape, strict=True)) if s == 1 and g != 1]
+    if dims:
+        gradient = gradient.sum(dims, keepdim=True)
+    return gradient.to(operand.dtype)

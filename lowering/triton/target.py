@@ -1,0 +1,156 @@
+"""The target `triton`: CUDA and ROCm devices.
+
+A kernel is launched as a plain Triton kernel and never inlined by Inductor, which would drop `enable_fp_fusion=False`
+and with it the exactness of the forward pass.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snn_compile.ir.recurrence import Recurrence
+from snn_compile.lowering.launch import Direction, Kernel
+from snn_compile.lowering.layout import Layout, Placement
+from snn_compile.lowering.triton.codegen import KernelText, generate
+from snn_compile.lowering.triton.heuristics import lanes_per_thread, segment_length, warps
+from snn_compile.lowering.triton.load import load_module
+from snn_compile.lowering.triton.memory import Argument
+
+#: Offsets at which 32-bit lane indices end.
+_INT32_LANES = 1 << 31
+
+
+class TritonTarget:
+    """See `lowering.launch.Target`."""
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        self._texts: dict[int, tuple[weakref.ref[Recurrence], dict[tuple[Direction, Layout], Kernel]]] = {}
+        self._functions: dict[str, _Function] = {}
+
+    def missing(self) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        if not torch.cuda.is_available():
+            return "there is no CUDA or ROCm device"
+        return None
+
+    def source(self, recurrence: Recurrence, direction: Direction, layout: Layout) -> str:
+        return generate(recurrence, direction, layout).source
+
+    def kernel(self, recurrence: Recurrence, direction: Direction, layout: Layout) -> Kernel:
+        """Generated once a recurrence, direction and layout; compiled once a source."""
+        known = self._texts.get(id(recurrence))
+        if known is None or known[0]() is not recurrence:
+            known = weakref.ref(recurrence), {}
+            self._texts[id(recurrence)] = known
+            weakref.finalize(recurrence, self._texts.pop, id(recurrence), None)
+        kernels = known[1]
+        if (direction, layout) not in kernels:
+            text = generate(recurrence, direction, layout)
+            function = self._functions.setdefault(text.source, _Function(text))
+            kernels[direction, layout] = _Launcher(text, function)
+        return kernels[direction, layout]
+
+
+class _Function:
+    """The compiled forms of one source: for operands aligned to 16, and for any."""
+
+    def __init__(self, text: KernelText) -> None:
+        self.text = text
+
+    @cached_property
+    def _python(self) -> Callable[..., None]:
+        return getattr(load_module(self.text.source), self.text.name).fn
+
+    @cached_property
+    def aligned(self) -> Any:
+        return self._jit([a.name for a in self.text.arguments if not a.aligned])
+
+    @cached_property
+    def general(self) -> Any:
+        return self._jit([a.name for a in self.text.arguments])
+
+    def _jit(self, unspecialized: list[str]) -> Any:
+        import triton
+
+        return triton.jit(self._python, do_not_specialize=unspecialized)
+
+
+class _Launcher:
+    """Fills in the run-time arguments of a call."""
+
+    def __init__(self, text: KernelText, function: _Function) -> None:
+        self.text, self.function = text, function
+
+    def __call__(self, tensors: Sequence[Tensor], placement: Placement, steps: int) -> None:
+        import triton
+        import triton.language as tl
+
+        text, device = self.text, tensors[0].device
+        n = 1
+        for size in placement.sizes:
+            n *= size
+        lanes = lanes_per_thread(text.streamed, segmented=text.segmented)
+        options: dict[str, Any] = {"num_warps": warps(n), **exactness_options()}
+        block = lanes * options["num_warps"] * warp_size(device)
+        constants: dict[str, Any] = {"BLOCK": block, "INDEX": tl.int64 if n > _INT32_LANES - block else tl.int32}
+        segments = 0
+        if text.segmented:
+            constants["SEGMENT"] = segment_length(text.kept, lanes)
+            segments = -(-steps // constants["SEGMENT"])
+        scratch = [torch.empty(max(segments - 1, 0) * n, dtype=d, device=device) for d in text.scratch]
+        values = [_argument(a, tensors, scratch, placement, steps, n) for a in text.arguments]
+        aligned = all(_is_aligned(v) for a, v in zip(text.arguments, values, strict=True) if a.aligned)
+        kernel = self.function.aligned if aligned else self.function.general
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            kernel[(triton.cdiv(n, block),)](*values, **constants, **options)
+
+
+def _argument(
+    argument: Argument, tensors: Sequence[Tensor], scratch: list[Tensor], placement: Placement, steps: int, n: int
+) -> Tensor | int:
+    match argument.kind:
+        case "pointer":
+            return tensors[argument.tensor]
+        case "scratch":
+            return scratch[argument.tensor]
+        case "T":
+            return steps
+        case "N":
+            return n
+        case "size":
+            return placement.sizes[argument.dim]
+        case "stride":
+            return placement.strides[argument.tensor][argument.dim]
+        case _:
+            return placement.time_strides[argument.tensor]
+
+
+def _is_aligned(value: Tensor | int) -> bool:
+    return (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0
+
+
+def exactness_options(hip: bool | None = None) -> dict[str, bool]:
+    """No contraction, and denormals kept inside of the mathematical functions: both as in eager's kernels."""
+    hip = torch.version.hip is not None if hip is None else hip
+    options = {"enable_fp_fusion": False}
+    if not hip:
+        from triton.backends.nvidia.compiler import CUDAOptions
+
+        if hasattr(CUDAOptions, "enable_reflect_ftz"):
+            options["enable_reflect_ftz"] = False
+    return options
+
+
+def warp_size(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32

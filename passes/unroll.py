@@ -1,0 +1,94 @@
+"""A `Loop` that nothing could be made of becomes T copies of its body again.
+
+    y, v = loop(v, x)   ->   h0 = …x[0]…; h1 = …x[1]…; …; y = stack([s0, s1, …])
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from snn_compile.ir.loop import Loop
+from snn_compile.ir.values import example, is_getitem
+from snn_compile.passes.functionalize import store
+
+
+def unroll(gm: fx.GraphModule, call: fx.Node, loop: Loop) -> None:
+    """Inline `loop` at `call` and drop both."""
+    graph = gm.graph
+    inits, xs, consts = loop.split(call.args)
+    carries = list(inits)
+    placeholders = loop.placeholders()
+    steps: list[list[fx.Node]] = []
+    with graph.inserting_before(call):
+        for t in range(loop.length):
+            now = [_read(graph, x, loop.length - 1 - t if s.reverse else t) for x, s in zip(xs, loop.xs, strict=True)]
+            env = dict(zip(placeholders, (*carries, *now, *consts), strict=True))
+            for node in loop.body.graph.nodes:
+                if node.op in ("call_function", "call_method", "call_module"):
+                    env[node] = graph.node_copy(node, lambda n, env=env: _argument(gm, loop, n, env))
+            next_carries, values = loop.results()
+            carries = [env[n] for n in next_carries]
+            steps.append([env[n] for n in values])
+        results = [_stack(graph, y, [s[i] for s in steps]) for i, y in enumerate(loop.ys)]
+    results += [v for v, c in zip(carries, loop.carries, strict=True) if c.is_result]
+    for user in list(call.users):
+        _replace(graph, user, results[user.args[1]])  # type: ignore[index]
+    graph.erase_node(call)
+    for node in results:
+        if not node.users and node.target is torch.stack:
+            graph.erase_node(node)
+    delattr(gm, str(call.target))
+
+
+def _argument(gm: fx.GraphModule, loop: Loop, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
+    if node.op != "get_attr":
+        return env[node]
+    name = f"{loop.name}_{node.target}"
+    if not hasattr(gm, name):
+        gm.add_submodule(name, getattr(loop.body, str(node.target)))
+    return gm.graph.get_attr(name)
+
+
+def _read(graph: fx.Graph, x: fx.Node, t: int) -> fx.Node:
+    if x.target is torch.stack and len(x.args) == 1:
+        return x.args[0][t]  # type: ignore[index, return-value]
+    node = graph.call_function(operator.getitem, (x, t))
+    value = example(x)
+    node.meta = {"example_value": value[t]} if isinstance(value, torch.Tensor) else {}
+    return node
+
+
+def _stack(graph: fx.Graph, y, values: list[fx.Node]) -> fx.Node:  # type: ignore[no-untyped-def]
+    values = values[::-1] if y.reverse else values
+    node = graph.call_function(torch.stack, (values, y.dim) if y.dim else (values,))
+    node.meta = {"example_value": torch.stack([y.example] * len(values), y.dim)}
+    return node
+
+
+def _replace(graph: fx.Graph, user: fx.Node, result: fx.Node) -> None:
+    """Uses of one result; slices of a stack are the stacked values."""
+    if result.target is torch.stack and len(result.args) == 1:
+        for reader in list(user.users):
+            if is_getitem(reader) and isinstance(reader.args[1], int):
+                reader.replace_all_uses_with(result.args[0][reader.args[1]])  # type: ignore[index]
+                graph.erase_node(reader)
+    user.replace_all_uses_with(result)
+    graph.erase_node(user)
+
+
+def restore_writes(gm: fx.GraphModule) -> None:
+    """``b1 = store(b, i, s)`` -> ``b[i] = s`` where nobody reads the old ``b`` afterwards."""
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    for node in list(gm.graph.nodes):
+        if node.target is not store:
+            continue
+        buffer, index, value = node.args
+        if any(order.get(u, 0) > order[node] for u in buffer.users) or buffer.op == "placeholder":
+            continue
+        with gm.graph.inserting_before(node):
+            gm.graph.call_function(operator.setitem, (buffer, index, value))
+        node.replace_all_uses_with(buffer)
+        gm.graph.erase_node(node)

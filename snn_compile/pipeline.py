@@ -1,0 +1,183 @@
+"""THE list of passes, in order, and how a graph goes through them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import fx
+from torch._dynamo.utils import counters
+
+from snn_compile.config import Config
+from snn_compile.errors import Reject, Rejection
+from snn_compile.ir.loop import Loop
+from snn_compile.ir.recurrence import Recurrence
+from snn_compile.lowering import ops, targets
+from snn_compile.lowering.lower_loops import lower_loop, make_recurrence
+from snn_compile.passes.classify import classify
+from snn_compile.passes.distribute import distribute, find_groups
+from snn_compile.passes.functionalize import functionalize
+from snn_compile.passes.hoist import find_invariant, hoist
+from snn_compile.passes.reroll import reroll
+from snn_compile.passes.specialize import specialize_floats
+from snn_compile.passes.unroll import restore_writes, unroll
+
+log = logging.getLogger("snn_compile")
+
+#: The pipeline as a table of contents: (name, what it does).
+PASSES = (
+    ("specialize", "module floats that dynamic=True made symbolic become numbers again, with a guard"),
+    ("functionalize", "writes into loop-local tensors become values"),
+    ("reroll", "T equal iterations become one Loop"),
+    ("hoist", "loop-invariant work runs once"),
+    ("distribute", "strongly connected components become recurrences; pointwise neighbours join them"),
+    ("lower", "a pointwise recurrence becomes one kernel, forward and backward"),
+    ("unroll", "what is left becomes plain ops again, for Inductor"),
+)
+
+
+@dataclass
+class Report:
+    """What the pipeline did to one graph."""
+
+    loops: list[Loop] = field(default_factory=list)
+    recurrences: list[Recurrence] = field(default_factory=list)
+    rejections: list[Rejection] = field(default_factory=list)
+    #: loops or groups as Rejection-like lines: what was left to Inductor inside rerolled loops
+    steps: dict[str, int] = field(default_factory=dict)
+    ops_hoisted: int = 0
+    changed: bool = False
+
+
+def is_pointwise_op(op: torch._ops.OpOverload) -> bool:
+    """Whether a kernel can hold this overload, as it is or after decomposition."""
+    name = ops.overload_name(op)
+    return name in ops.TABLE or name in ops.CONSTANTS or torch.Tag.pointwise in op.tags
+
+
+def run_pipeline(gm: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, Report]:
+    """Rewrite a copy of `gm`; gives back `gm` itself where nothing was lowered."""
+    report = Report()
+    work = _copy(gm)
+    dump = _Dump(config.dump)
+    dump(work, "0_dynamo")
+    specialize_floats(work)
+    functionalize(work)
+    dump(work, "1_functionalize")
+    loops, rejections = reroll(work, lambda loop: _why_not(loop, report), config.min_steps)
+    report.loops, report.rejections = loops, report.rejections + rejections
+    counters["snn_compile"]["loops_rerolled"] += len(loops)
+    dump(work, "2_reroll")
+    for call, loop in _calls(work):
+        infos = classify(loop, is_pointwise_op)
+        report.ops_hoisted += hoist(work, call, loop, infos)
+        distribute(work, call, loop, infos)
+    counters["snn_compile"]["ops_hoisted"] += report.ops_hoisted
+    dump(work, "3_distribute")
+    _lower(work, report)
+    dump(work, "4_lower")
+    counters["snn_compile"]["rejections"] += len(report.rejections)
+    if not report.recurrences:
+        return gm, report
+    for call, loop in _calls(work):
+        unroll(work, call, loop)
+    restore_writes(work)
+    _finish(work)
+    dump(work, "5_unroll")
+    report.changed = True
+    return work, report
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph over the same submodules and attributes."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, env))
+    for old, node in env.items():
+        node.meta = copy.copy(old.meta)
+        for key, value in vars(old).items():
+            if key.startswith("_dynamo"):
+                setattr(node, key, value)
+    new = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    new.meta = dict(gm.meta)
+    for name, value in vars(gm).items():  # what Dynamo hangs on the module: sources, ids, reasons
+        if name not in vars(new):
+            object.__setattr__(new, name, value)
+    return new
+
+
+def _calls(gm: fx.GraphModule) -> list[tuple[fx.Node, Loop]]:
+    return [
+        (n, getattr(gm, n.target))
+        for n in gm.graph.nodes
+        if n.op == "call_module" and isinstance(getattr(gm, n.target), Loop)
+    ]
+
+
+def _why_not(loop: Loop, report: Report) -> Rejection | None:
+    """A loop is rerolled where at least one recurrence in it can become a kernel."""
+    infos = classify(loop, is_pointwise_op)
+    groups = find_groups(loop, infos, ignore=find_invariant(loop, infos))
+    if any(g.is_kernel for g in groups):
+        return None
+    if any(g.recurrent for g in groups):
+        worst = next(n for g in groups if g.recurrent for n in g.nodes if not infos[n].pointwise)
+        return Rejection(
+            f"a state goes through '{worst.target}' from step to step, which is not pointwise",
+            worst.name,
+            loop.location,
+        )
+    return Rejection("nothing is carried from step to step", loop.name, loop.location)
+
+
+def _lower(gm: fx.GraphModule, report: Report) -> None:
+    grad_enabled = torch.is_grad_enabled()
+    for call, loop in _calls(gm):
+        if not loop.is_kernel:
+            continue
+        try:
+            recurrence = make_recurrence(call, loop, grad_enabled)
+            target = targets.for_operands(call, recurrence)
+        except Reject as r:
+            report.rejections.append(r.rejection)
+            continue
+        report.steps[recurrence.name] = loop.length
+        recurrence.meta["steps"] = loop.length
+        recurrence.meta["target"] = target.name
+        lower_loop(gm, call, loop, recurrence, targets.for_device)
+        report.recurrences.append(recurrence)
+        counters["snn_compile"]["recurrences_lowered"] += 1
+
+
+def _finish(gm: fx.GraphModule) -> None:
+    for node in reversed(list(gm.graph.nodes)):
+        if node.op == "get_attr" and not node.users:
+            gm.graph.erase_node(node)
+    gm.graph.lint()
+    gm.recompile()
+
+
+class _Dump:
+    """``SNN_COMPILE_DUMP=dir``: the graph after every pass."""
+
+    count = 0
+
+    def __init__(self, directory: str) -> None:
+        self.directory = Path(directory) if directory else None
+        if self.directory is not None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _Dump.count += 1
+        self.graph = _Dump.count
+
+    def __call__(self, gm: fx.GraphModule, name: str) -> None:
+        if self.directory is None:
+            return
+        text = [str(gm.graph)] + [str(loop) for _, loop in _calls(gm)]
+        (self.directory / f"graph_{self.graph}_{name}.txt").write_text("\n\n".join(text))
+
+
+PassFunction = Callable[[fx.GraphModule], object]
