@@ -7,6 +7,7 @@ import sys
 from types import ModuleType
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -23,6 +24,13 @@ if "loguru" not in sys.modules:
 their_neuron = pytest.importorskip("spikingjelly.activation_based.neuron", exc_type=ImportError)
 their_layer = pytest.importorskip("spikingjelly.activation_based.layer", exc_type=ImportError)
 their_surrogate = pytest.importorskip("spikingjelly.activation_based.surrogate", exc_type=ImportError)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    np.random.seed(0)  # SpikingJelly draws the gates of its gated LIF neuron with it
+
 
 T, N, C = 6, 4, 8
 SHAPES = {"2d": (T, N, C), "4d": (T, N, C, 3, 2)}
@@ -239,7 +247,7 @@ def test_recurrent_containers():
     check(ours, theirs, x_seq)
 
     def sub(library):
-        return nn.Sequential(nn.Linear(C, 5), library.LIFNode())
+        return nn.Sequential(nn.Linear(C, 5), library.LIFNode(v_threshold=0.2))
 
     ours = layer.LinearRecurrentContainer(sub(neuron), C, 5)
     theirs = their_layer.LinearRecurrentContainer(sub(their_neuron), C, 5)

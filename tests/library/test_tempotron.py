@@ -43,7 +43,7 @@ def test_a_batch_of_one_keeps_its_dimension():
 
 def test_firing_times():
     tempotron = one_input(v_threshold=0.5)
-    # a spike; none; one too late to reach the threshold. The weight is 2: at whole steps the kernel just misses its peak.
+    # a spike; none; one too late to reach the threshold. At whole steps the kernel just misses its peak: weight 2.
     torch.nn.init.constant_(tempotron.fc.weight, 2.0)
     times = torch.tensor([[10.0], [-1.0], [39.0]], requires_grad=True)
     spikes = tempotron(times, "spikes")
