@@ -37,7 +37,7 @@ def make_recurrence(call: fx.Node, loop: Loop, grad_enabled: bool) -> Recurrence
     ]
     constants = [_const(c.name, example(o), needs_grad(o)) for c, o in zip(loop.consts, consts, strict=True)]
     ys = [Output(y.name, y.example.dtype, y.dim, reverse=y.reverse) for y in loop.ys]
-    _check_promotion(call, loop, shape)
+    _check_promotion(loop, shape)
     recurrence = trace_step(
         _runner(loop),
         name=loop.name,
@@ -120,14 +120,12 @@ def _device(call: fx.Node, loop: Loop) -> torch.device:
 
 def _const(name: str, value: object, needs_grad: bool) -> Const:
     assert isinstance(value, torch.Tensor)
-    return Const(name, value.dtype, needs_grad, is_scalar=value.dim() == 0 and not needs_grad)
+    return Const(name, value.dtype, needs_grad, is_scalar=value.dim() == 0)
 
 
-def _check_promotion(call: fx.Node, loop: Loop, shape: tuple[int, ...]) -> None:
+def _check_promotion(loop: Loop, shape: tuple[int, ...]) -> None:
     """A 0-d operand that the trace widens must have the dtype of the others: 0-d tensors do not promote them."""
-    inits, xs, consts = loop.split(call.args)
     examples = [c.example for c in loop.carries] + [x.example for x in loop.xs]
-    examples += [v for v in map(example, consts) if isinstance(v, torch.Tensor) and v.requires_grad]
     whole = {v.dtype for v in examples if v.dim() > 0 and v.dtype.is_floating_point}
     for value in examples:
         if shape and value.dim() == 0 and whole and value.dtype not in whole | {torch.bool}:

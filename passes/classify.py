@@ -42,7 +42,8 @@ class _Record(TorchDispatchMode):
         self.ops: list[torch._ops.OpOverload] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.ops.append(func)
+        if func.namespace == "aten":  # (prim.device and the like ask, they do not compute)
+            self.ops.append(func)
         return func(*args, **(kwargs or {}))
 
 

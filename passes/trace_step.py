@@ -11,8 +11,9 @@ Only this O(1) body is ever traced to ATen (design, decision 1).
 
 Every operand is expanded to the recurrence's shape before tracing: then no op broadcasts, no gradient needs a reduction,
 and each value of the graphs is one scalar a lane. Gradients of operands that were broadcast are summed over the lanes
-outside the kernel. A 0-d operand that needs no gradient stays 0-d, because dimensionless tensors take no part in type
-promotion.
+outside the kernel. A 0-d constant stays 0-d, because dimensionless tensors take no part in type promotion; its gradient,
+which autograd (or a user's backward) sums over the lanes, becomes the contribution of one lane, summed outside like the
+others (`passes/split_sums`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, m
 from snn_compile.errors import Reject
 from snn_compile.ir.recurrence import Carry, Const, Output, Recurrence, TimeSeries
 from snn_compile.ir.values import base_name
+from snn_compile.passes.split_sums import split_sums
 
 aten = torch.ops.aten
 
@@ -142,23 +144,29 @@ def _trace_backward(body, operands, needs_grad, recurrence, supported, shape):  
 
 def _trace(function, operands, names, supported, shape) -> fx.GraphModule:  # type: ignore[no-untyped-def]
     """Trace; ops no target knows are decomposed in a second trace."""
-    gm = make_fx(function)(*operands)
-    simplify(gm)
+    gm = _make_graph(function, operands, {}, shape)
     unknown = {n.target for n in gm.graph.nodes if n.op == "call_function" and not supported(n)}
     if unknown:
+        # what a decomposition brings in may itself need one
         table = core_aten_decompositions()
-        gm = make_fx(function, decomposition_table={op: table[op] for op in table if op in unknown})(*operands)
-        simplify(gm)
-        still = {n.target for n in gm.graph.nodes if n.op == "call_function" and not supported(n)}
-        if still:
-            # what a decomposition brought in may itself need one
-            gm = make_fx(function, decomposition_table={op: table[op] for op in table if op in unknown | still})(*operands)
-            simplify(gm)
+        for _ in range(2):
+            gm = _make_graph(function, operands, {op: table[op] for op in table if op in unknown}, shape)
+            unknown |= {n.target for n in gm.graph.nodes if n.op == "call_function" and not supported(n)}
     for node in gm.graph.nodes:
         if node.op == "call_function" and not supported(node):
             raise Reject(f"the step calls {node.target}, which no pointwise kernel can hold", node=node.name)
     check_pointwise(gm, shape)
     _name_nodes(gm, names)
+    return gm
+
+
+def _make_graph(function, operands, decompositions, shape) -> fx.GraphModule:  # type: ignore[no-untyped-def]
+    try:
+        gm = make_fx(function, decomposition_table=decompositions)(*operands)
+    except RuntimeError as error:
+        raise Reject(f"autograd cannot differentiate one step alone: {str(error).splitlines()[0]}") from error
+    simplify(gm)
+    split_sums(gm, shape)
     return gm
 
 

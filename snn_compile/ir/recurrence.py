@@ -52,7 +52,8 @@ class Const:
     name: str
     dtype: torch.dtype
     needs_grad: bool = False
-    #: a 0-d tensor: it does not take part in type promotion (PyTorch's rule for dimensionless tensors)
+    #: a 0-d tensor: it does not take part in type promotion (PyTorch's rule for dimensionless tensors). Its gradient is,
+    #: like every other, the contribution of each lane.
     is_scalar: bool = False
 
 
