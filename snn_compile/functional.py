@@ -10,15 +10,17 @@ __all__ = ["detach_net", "reset_net", "set_step_mode"]
 def reset_net(net: nn.Module) -> None:
     """Reset every module of `net` that has a `reset()`: the next call starts a new sequence."""
     for module in net.modules():
-        if callable(getattr(module, "reset", None)):
-            module.reset()
+        reset = getattr(module, "reset", None)
+        if callable(reset):
+            reset()
 
 
 def detach_net(net: nn.Module) -> None:
     """Cut the states of every module of `net` off the autograd graph and keep their values."""
     for module in net.modules():
-        if callable(getattr(module, "detach", None)):
-            module.detach()
+        detach = getattr(module, "detach", None)
+        if callable(detach):
+            detach()
 
 
 def set_step_mode(net: nn.Module, step_mode: str) -> None:
@@ -33,7 +35,7 @@ def set_step_mode(net: nn.Module, step_mode: str) -> None:
         raise ValueError(f"step_mode must be one of 's', 'm', but is {step_mode!r}")
     if hasattr(net, "step_mode"):
         try:
-            net.step_mode = step_mode
+            setattr(net, "step_mode", step_mode)  # noqa: B010  (nn.Module types its attributes)
         except ValueError as error:
             raise ValueError(f"{type(net).__name__}: {error}") from None
     if not getattr(net, "steps_its_children", False):

@@ -24,6 +24,8 @@ it 20 ms a time step. Marked `allow_in_graph`, the call is one node that AOTAuto
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -116,18 +118,21 @@ class SurrogateFunctionBase(nn.Module):
     Raises: ValueError where `spiking` is False and the surrogate has no primitive.
     """
 
+    #: `spiking_function(x, *parameters)`: the spikes, with their surrogate gradient, as one node of a traced graph
+    spiking_function: ClassVar[Callable[..., Tensor]]
+
     def __init__(self, spiking: bool = True, **parameters: float):
         super().__init__()
-        self._arguments: tuple[float, ...] = ()
+        self._arguments: tuple[Any, ...] = ()
         self._parameter_names = tuple(parameters)
         for name, value in parameters.items():
             setattr(self, name, value)
         self.set_spiking_mode(spiking)
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in self.__dict__.get("_parameter_names", ()):  # forward hands them over as one tuple: cheap to trace
-            self._arguments = tuple(self.__dict__.get(name) for name in self._parameter_names)
+            self._arguments = tuple(getattr(self, name, None) for name in self._parameter_names)
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

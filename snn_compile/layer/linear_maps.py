@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ class DCT(nn.Module):
     Raises: ValueError where H or W is not divisible by kernel_size.
     Paper: Garg et al., "DCT-SNN: using DCT to distribute spatial information over time", ICCV 2021 (arXiv 2010.01795).
     """
+
+    kernel: Tensor
 
     def __init__(self, kernel_size: int):
         check_count("kernel_size", kernel_size)
@@ -117,7 +121,7 @@ class ConvBatchNorm2d(nn.Module):
         padding: int | tuple[int, int] | str = 0,
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         eps: float = 1e-5,
         momentum: float = 0.1,
         affine: bool = True,
@@ -132,59 +136,54 @@ class ConvBatchNorm2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.conv(x))
 
-    def _scale(self) -> Tensor:
-        """What the batch norm multiplies each channel by."""
-        if self.bn.running_var is None:
+    def _scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """What the batch norm does to each channel in eval mode: y*scale + shift."""
+        mean, variance = self.bn.running_mean, self.bn.running_var
+        if mean is None or variance is None:
             raise ValueError("track_running_stats must be True to fuse the batch norm, but is False")
-        deviation = torch.sqrt(self.bn.running_var + self.bn.eps)
-        return 1 / deviation if self.bn.weight is None else self.bn.weight / deviation
+        scale = 1 / torch.sqrt(variance + self.bn.eps)
+        if not self.bn.affine:
+            return scale, -mean * scale
+        scale = self.bn.weight * scale
+        return scale, self.bn.bias - mean * scale
 
     def get_fused_weight(self) -> Tensor:
         """The weight of the fused convolution."""
-        return self.conv.weight * self._scale().view(-1, 1, 1, 1)
+        scale, _ = self._scale_and_shift()
+        return self.conv.weight * scale.view(-1, 1, 1, 1)
 
     def get_fused_bias(self) -> Tensor:
         """The bias of the fused convolution."""
-        shift = -self.bn.running_mean * self._scale()
-        return shift if self.bn.bias is None else self.bn.bias + shift
+        _, shift = self._scale_and_shift()
+        return shift
 
     @torch.no_grad()
     def scale_fused_weight(self, k: float | None = None, b: float | None = None) -> None:
         """Make the fused weight k*weight + b, in place; the fused bias stays."""
-        if b is not None and (self._scale() == 0).any():
+        scale, _ = self._scale_and_shift()
+        if b is not None and (scale == 0).any():
             raise ValueError(f"b must be None where a channel's batch norm weight is 0, but is {b!r}")
         if k is not None:
-            self.conv.weight *= k
+            self.conv.weight.mul_(k)
         if b is not None:
-            self.conv.weight += b / self._scale().view(-1, 1, 1, 1)
+            self.conv.weight.add_(b / scale.view(-1, 1, 1, 1))
 
     @torch.no_grad()
     def scale_fused_bias(self, k: float | None = None, b: float | None = None) -> None:
         """Make the fused bias k*bias + b, in place; the fused weight stays."""
-        if self.bn.bias is None:
+        if not self.bn.affine:
             raise ValueError("affine must be True to scale the fused bias, but is False")
         bias = self.get_fused_bias()
-        self.bn.bias += bias * ((1 if k is None else k) - 1) + (0 if b is None else b)
+        if k is not None:
+            self.bn.bias.add_(bias * (k - 1))
+        if b is not None:
+            self.bn.bias.add_(b)
 
     def get_fused_conv(self) -> nn.Conv2d:
         """The convolution with bias that equals this module in eval mode; a copy, with parameters of its own."""
-        conv = self.conv
-        fused = nn.Conv2d(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-            True,
-            conv.padding_mode,
-            device=conv.weight.device,
-            dtype=conv.weight.dtype,
-        )
-        with torch.no_grad():
-            fused.weight.copy_(self.get_fused_weight())
-            fused.bias.copy_(self.get_fused_bias())
+        fused = copy.deepcopy(self.conv)
+        fused.weight = nn.Parameter(self.get_fused_weight().detach().clone())
+        fused.bias = nn.Parameter(self.get_fused_bias().detach().clone())
         return fused
 
 

@@ -35,6 +35,8 @@ class STDPLearner(StatefulModule):
     """
 
     step_modes = ("s",)
+    tr_pre: Tensor
+    tr_post: Tensor
 
     def __init__(
         self,
@@ -66,7 +68,7 @@ class STDPLearner(StatefulModule):
         potentiation = self.f_post(linear.weight) * (s_post.T @ tr_pre)
         linear.weight += lr * (depression + potentiation)
 
-    def forward(self, s_pre: Tensor, s_post: Tensor, linear: nn.Linear, lr: float) -> None:
+    def forward(self, s_pre: Tensor, s_post: Tensor, linear: nn.Linear, lr: float) -> None:  # type: ignore[override]
         self.stdp(s_pre, s_post, linear, lr)
 
     def update_traces(self, s_pre: Tensor, s_post: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,8 @@ Paper: Chen et al., "Fully spiking actor network with intra-layer connections fo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +40,9 @@ class ILCBaseNode(MultiStepModule):
     #: states beside the membrane potential; they start from 0
     currents = 0
 
+    #: neuronal_charge(x, v, *currents) -> (h, *currents): the states after charging; each subclass gives its own
+    neuronal_charge: Callable[..., tuple[Tensor, ...]]
+
     def __init__(
         self,
         act_dim: int,
@@ -58,10 +63,6 @@ class ILCBaseNode(MultiStepModule):
         self.v_reset = v_reset
         self.surrogate_function = Rect() if surrogate_function is None else surrogate_function
         self.conn = nn.Conv1d(act_dim, self.out_pop_dim, dec_pop_dim, groups=act_dim)
-
-    def neuronal_charge(self, x: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
-        """(x, v, ...) -> (h, ...): the states after charging."""
-        raise NotImplementedError(f"{type(self).__name__} must give its charge in neuronal_charge(x, *states)")
 
     def neuronal_reset(self, h: Tensor, s: Tensor) -> Tensor:
         """The membrane potential v after the spikes s."""

@@ -180,7 +180,7 @@ class CUBALIFNode(BaseNode):
         self.v_decay = v_decay
         self.register_state("c", 0.0)
 
-    def step(self, x: Tensor, v: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+    def step(self, x: Tensor, v: Tensor, c: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         c = c * self.c_decay + x
         h = v * self.v_decay + c
         s = self.neuronal_fire(h)

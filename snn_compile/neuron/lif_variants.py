@@ -137,7 +137,7 @@ class ALIFNode(LIFNode):
         self.beta = beta
         self.register_state("b", 0.0)
 
-    def step(self, x: Tensor, v: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    def step(self, x: Tensor, v: Tensor, b: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         h = self.neuronal_charge(x, v)
         s = self.surrogate_function(h - (self.v_threshold + self.beta * b))
         v = self.neuronal_reset(h, s)

@@ -17,6 +17,7 @@ Zhao et al., "Threshold modulation for online test-time adaptation of spiking ne
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,15 @@ class MPBNBaseNode(BaseNode):
     space in which the potential is carried, and it subtracts the learned threshold where there is one.
     """
 
+    # from the fold on
+    v_threshold: float | Tensor  # type: ignore[assignment]
+    mu: Tensor
+    sigma2: Tensor
+    momentum: Tensor
+    gamma: Tensor
+    beta: Tensor
+    eps: float
+
     def __init__(
         self,
         v_threshold: float = 1.0,
@@ -68,7 +78,8 @@ class MPBNBaseNode(BaseNode):
         bn_decay_momentum: float = 0.94,
         bn_min_momentum: float = 0.005,
     ):
-        if (out_features is None) == (out_channels is None):
+        channels = out_features if out_channels is None else out_channels
+        if channels is None or (out_features is not None and out_channels is not None):
             raise ValueError(
                 f"give exactly one of out_features (2-D input) and out_channels (4-D input), not {out_features!r} and "
                 f"{out_channels!r}"
@@ -76,14 +87,14 @@ class MPBNBaseNode(BaseNode):
         check_bool("mpbn", mpbn)
         check_bool("learnable_vth", learnable_vth)
         super().__init__(v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq)
-        self.channels = out_features if out_channels is None else out_channels
-        check_count("out_features" if out_channels is None else "out_channels", self.channels)
+        check_count("out_features" if out_channels is None else "out_channels", channels)
+        self.channels = channels
         self.dim = 2 if out_channels is None else 4
         norm = nn.BatchNorm1d if self.dim == 2 else nn.BatchNorm2d
-        self.vbn = norm(self.channels) if mpbn else nn.Identity()
+        self.vbn: Any = norm(channels) if mpbn else nn.Identity()
         self.learnable_vth = learnable_vth
         if learnable_vth:
-            self.a = nn.Parameter(torch.zeros(self.channels))
+            self.a = nn.Parameter(torch.zeros(channels))
         self.bn_momentum = bn_momentum
         self.bn_decay_momentum = bn_decay_momentum
         self.bn_min_momentum = bn_min_momentum

@@ -10,7 +10,7 @@ from snn_compile.neuron.checks import check_choice
 class MultiStepModule(nn.Module):
     """A module without carried states whose input is always [T, N, *]: its step mode is 'm', anything else raises."""
 
-    step_modes = ("m",)
+    step_modes: tuple[str, ...] = ("m",)
 
     @property
     def step_mode(self) -> str:

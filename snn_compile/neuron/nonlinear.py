@@ -161,7 +161,7 @@ class IzhikevichNode(BaseNode):
         self.b = b
         self.register_state("w", w_rest)
 
-    def step(self, x: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    def step(self, x: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         h = v + (x + self.a0 * (v - self.v_rest) * (v - self.v_c) - w) / self.tau
         s = self.neuronal_fire(h)
         w = w + (self.a * (h - self.v_rest) - w) / self.tau_w + self.b * s

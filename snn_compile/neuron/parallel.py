@@ -75,6 +75,9 @@ class MaskedPSN(StatefulModule):
         OverflowError where more than T single steps are run without `reset()`.
     """
 
+    _lambda_: Tensor
+    mask0: Tensor
+
     def __init__(
         self,
         k: int,

@@ -31,12 +31,15 @@ class StatefulModule(nn.Module):
         TypeError: the input is not of floating point.
     """
 
-    step_modes = ("s", "m")
+    step_modes: tuple[str, ...] = ("s", "m")
+
+    #: step(x, *states) -> (y, *states): one time step; each subclass gives it its own arguments
+    step: Callable[..., tuple[Tensor, ...]]
 
     def __init__(self, step_mode: str = "s"):
         super().__init__()
         self.step_mode = step_mode
-        self._initial: dict[str, float | None] = {}
+        self._initial: dict[str, float] = {}
 
     @property
     def step_mode(self) -> str:
@@ -48,10 +51,6 @@ class StatefulModule(nn.Module):
         self._step_mode = mode
 
     # ------------------------------------------------------------------------------------------------- one call
-
-    def step(self, x: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
-        """One time step: (x, *states) -> (y, *next states)."""
-        raise NotImplementedError(f"{type(self).__name__} must say what one step does in step(x, *states)")
 
     def forward(self, x: Tensor) -> Tensor:
         if self._step_mode == "s":
@@ -75,7 +74,7 @@ class StatefulModule(nn.Module):
 
     # ------------------------------------------------------------------------------------------------- the states
 
-    def register_state(self, name: str, initial: float | None) -> None:
+    def register_state(self, name: str, initial: float) -> None:
         """Add the state `name`; `initial` fills it at the first step. States are handed to `step` in this order."""
         self._initial[name] = initial
         setattr(self, name, initial)
