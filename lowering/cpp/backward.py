@@ -1,8 +1,8 @@
 """The backward kernel: the trajectory of a block of lanes is replayed from x, segment by segment, and walked back.
 
-Nothing of size [T, N] is saved by the forward pass or allocated here: a thread records the states before each step of one
-segment in a scratch that stays in its L2 cache, and one checkpoint of the states a segment. Where T fits one segment, x
-comes from memory once. A recurrence whose gradient does not depend on its states replays nothing.
+Nothing of size [T, N] is saved by the forward pass or allocated here: a thread records the states before each step of
+one segment in a scratch that stays in its L2 cache, and one checkpoint of the states a segment. Where T fits one
+segment, x comes from memory once. A recurrence whose gradient does not depend on its states replays nothing.
 
 Only what the gradient reads is recorded, and only what the recorded states come from is replayed.
 """
@@ -16,7 +16,7 @@ from snn_compile.lowering.cpp.emit import needed, results
 from snn_compile.lowering.cpp.literals import HELD, held_bytes
 from snn_compile.lowering.cpp.names import Names
 from snn_compile.lowering.cpp.region import Invariants, Region
-from snn_compile.lowering.cpp.tensors import TensorArgument
+from snn_compile.lowering.cpp.tensors import TensorArgument, operand_specs
 from snn_compile.lowering.cpp.writer import KernelSource, Writer
 from snn_compile.lowering.layout import Layout
 
@@ -32,17 +32,17 @@ class _Backward:
         self.writer = writer = Writer(recurrence, "backward", layout)
         self.tensors = writer.tensors
         self.differentiable = [i for i, c in enumerate(recurrence.carries) if c.differentiable]
-        self.recorded = _states_read(recurrence, recurrence.backward.graph, range(len(results(recurrence.backward.graph))))
+        everything = range(len(results(recurrence.backward.graph)))
+        self.recorded = _states_read(recurrence, recurrence.backward.graph, everything)
         self.replayed = _states_behind(recurrence, self.recorded)
         names = Names()
-        operands = [names.unique(o.name) for o in (*recurrence.carries, *recurrence.xs, *recurrence.consts)]
+        operands = [names.unique(o.name) for o in operand_specs(recurrence)]
         cotangents = [names.unique(f"grad_next_{recurrence.carries[i].name}") for i in self.differentiable]
         cotangents += [names.unique(f"grad_{y.name}") for y in recurrence.differentiable_ys]
         first_const = len(recurrence.carries) + len(recurrence.xs)
         constants = {first_const + i: tensor for i, tensor in enumerate(self.tensors.consts)}
         invariants = Invariants(names)
         self.replay = Region(writer, recurrence.step.graph, self.replayed, operands, constants, invariants)
-        everything = range(len(results(recurrence.backward.graph)))
         self.step = Region(writer, recurrence.backward.graph, everything, operands + cotangents, constants, invariants)
 
     def source(self) -> KernelSource:
@@ -151,8 +151,8 @@ class _Backward:
 
     def _emit_segments(self) -> None:
         writer = self.writer
-        writer.line("// forwards through all segments but the last one, leaving a checkpoint before each; then each is replayed")
-        writer.line("// and walked back, last to first")
+        writer.line("// forwards through all segments but the last one, leaving a checkpoint before each;")
+        writer.line("// then, last to first, each is replayed and walked back")
         with writer.braces("for (int64_t visit = 0; visit < 2 * segments - 1; ++visit)"):
             writer.line("const bool replays = visit >= segments - 1;")
             writer.line("const int64_t number = replays ? 2 * segments - 2 - visit : visit;")

@@ -16,8 +16,8 @@ import torch
 
 
 class _Compiled:
-    """`CppCodeCache` for libraries with no dependency on torch's headers and no Python binding: `ctypes` calls them, which
-    releases the GIL and spares a third of the compile time."""
+    """`CppCodeCache` for libraries without torch's headers and without a Python binding: `ctypes` calls them, which
+    releases the GIL and spares most of the compile time."""
 
     @staticmethod
     @functools.cache

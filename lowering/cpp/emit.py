@@ -16,14 +16,14 @@ import torch
 from torch import fx
 
 from snn_compile.lowering.cpp.literals import HALVES, HELD, literal
-from snn_compile.lowering.cpp.names import Names
+from snn_compile.lowering.cpp.names import Names, words
 from snn_compile.lowering.ops import CONSTANTS, TABLE, PointwiseOp, computation_dtype, operand_nodes, overload_name
 
 #: What Dynamo and ATen call a value that the user did not name.
-_NAMES_OF_OPS = frozenset(
-    "add sub rsub mul truediv div neg pow abs ge gt lt le eq ne to float double half bfloat16 type where clamp exp log tanh "
-    "sigmoid and or invert and_ or_ relu sqrt detach iadd isub imul itruediv radd rmul rtruediv value getitem".split()
-)
+_NAMES_OF_OPS = words("""
+    add sub rsub mul truediv div neg pow abs ge gt lt le eq ne to float double half bfloat16 type where clamp exp log
+    tanh sigmoid and or invert and_ or_ relu sqrt detach iadd isub imul itruediv radd rmul rtruediv value getitem
+""")
 
 _LONGEST = 88
 #: How tightly the infix operators bind.
@@ -211,4 +211,4 @@ def is_expensive(node: fx.Node) -> bool:
     return overload_name(node.target).split(".")[0] in _EXPENSIVE
 
 
-_EXPENSIVE = frozenset("div sqrt rsqrt reciprocal sigmoid exp expm1 log log1p tanh sin cos atan erf erfc pow".split())
+_EXPENSIVE = words("div sqrt rsqrt reciprocal sigmoid exp expm1 log log1p tanh sin cos atan erf erfc pow")

@@ -93,7 +93,8 @@ def minimum(operands: list[str], node: fx.Node) -> str:
 
 def clamp(operands: list[str], node: fx.Node) -> str:
     """``lo`` wins over the value, ``hi`` over ``lo``; a NaN fails both comparisons and so stays."""
-    given = dict(enumerate(node.args[1:3])) | {i: node.kwargs[k] for i, k in enumerate(("min", "max")) if k in node.kwargs}
+    given = dict(enumerate(node.args[1:3]))
+    given |= {i: node.kwargs[k] for i, k in enumerate(("min", "max")) if k in node.kwargs}
     hard = "hardtanh" in str(node.target)
     value, bounds = operands[0], iter(operands[1:])
     if given.get(0) is not None or hard:

@@ -7,7 +7,7 @@ import struct
 
 import torch
 
-#: The C++ type in which a value of the dtype is held and computed; bf16 and fp16 are held as float, rounded after each op.
+#: The C++ type in which a value of the dtype is held and computed: bf16 and fp16 as float, rounded after each op.
 HELD: dict[torch.dtype, str] = {
     torch.float32: "float",
     torch.float64: "double",

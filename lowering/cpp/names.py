@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import re
 
-_KEYWORDS = """
-alignas alignof and and_eq asm auto bitand bitor bool break case catch char char8_t char16_t char32_t class co_await
-co_return co_yield compl concept const const_cast consteval constexpr constinit continue decltype default delete do double
-dynamic_cast else enum explicit export extern false float for friend goto if inline int long mutable namespace new noexcept
-not not_eq nullptr operator or or_eq private protected public register reinterpret_cast requires return short signed sizeof
-static static_assert static_cast struct switch template this thread_local throw true try typedef typeid typename union
-unsigned using virtual void volatile wchar_t while xor xor_eq
-int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t uint64_t uintptr_t std main linux unix errno NULL
-""".split()
+
+def words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_KEYWORDS = words("""
+    alignas alignof and and_eq asm auto bitand bitor bool break case catch char char8_t char16_t char32_t class
+    co_await co_return co_yield compl concept const const_cast consteval constexpr constinit continue decltype default delete do
+    double dynamic_cast else enum explicit export extern false float for friend goto if inline int long mutable
+    namespace new noexcept not not_eq nullptr operator or or_eq private protected public register reinterpret_cast requires return
+    short signed sizeof static static_assert static_cast struct switch template this thread_local throw true try typedef
+    typeid typename union unsigned using virtual void volatile wchar_t while xor xor_eq
+    int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t uint64_t uintptr_t std main linux unix errno NULL
+""")
 
 #: What the kernels and the helpers name themselves.
-_OURS = """
-steps t lane lanes first size block blocks block_lanes rows row first_row end_row block_rows row_blocks lane_blocks at end
-capacity threads thread streaming stream scratch scratch_bytes here visit replays segment segments begin stop number LANES
-min max exp log sin cos tanh erf erfc pow atan expm1 log1p sigmoid integer_power vexp vexpm1 vlog vlog1p vtanh vsin vcos
-vatan verf verfc vpow
-""".split()
+_OURS = words("""
+    steps t lane lanes first size block blocks block_lanes rows row first_row end_row block_rows row_blocks lane_blocks
+    at end capacity threads thread streaming stream scratch scratch_bytes here visit replays segment segments begin stop
+    number LANES min max exp log sin cos tanh erf erfc pow atan expm1 log1p sigmoid integer_power
+    vexp vexpm1 vlog vlog1p vtanh vsin vcos vatan verf verfc vpow
+""")
 
-RESERVED = frozenset(_KEYWORDS) | frozenset(_OURS)
+RESERVED = _KEYWORDS | _OURS
 
 #: A value `x` has `x_data`, `x_row`, `x_stride_t`... beside it, so no value may end like that.
-_DERIVED = re.compile(r".*_(data|row|lanes|init|final|record|checkpoint|sum|stage|to|then|lanes|bf16|fp16|stride_\w+|size_\w+)$")
+_DERIVED = re.compile(
+    r".*_(data|row|lanes|init|final|record|checkpoint|sum|stage|to|then|bf16|fp16|(stride|size|at)_\w+)|(size|at)_\d+"
+)
 
 _LONGEST = 40
 
@@ -53,7 +60,7 @@ class Names:
 
 
 def identifier(text: str) -> str:
-    """An ASCII identifier that is no keyword, none of the generated code's own names and none reserved by the standard."""
+    """An ASCII identifier that is no keyword, none of the generated code's names, none the standard reserves."""
     name = re.sub(r"[^0-9A-Za-z]+", "_", text).strip("_")[:_LONGEST].strip("_")
     if not name or name[0].isdigit():
         name = f"value_{name}".rstrip("_")

@@ -1,4 +1,4 @@
-"""The run-time numbers of a call: how the lanes are cut into blocks, how many steps a segment has, how many threads work.
+"""The run-time numbers of a call: how the lanes are cut into blocks, the steps of a segment, how many threads work.
 
 None of them is compiled in: a new T or N runs the same kernel.
 """
@@ -40,14 +40,14 @@ def plan(source: KernelSource, sizes: tuple[int, ...], steps: int, threads: int)
     if len(sizes) > 1 and sizes[-1] <= most:
         outer = rows // sizes[-2] if sizes[-2] else 1
         wanted = max(1, threads // outer) if outer else 1
-        block_rows = max(1, min(most // lanes, -(-sizes[-2] // wanted)))
+        block_rows = max(1, min(most // lanes, _ceil(sizes[-2], wanted)))
     capacity = lanes * block_rows
     segment = steps
     if source.record_bytes:
         segment = max(1, min(steps, SCRATCH_BYTES // (capacity * source.record_bytes)))
-    segments = -(-steps // segment) if steps else 0
+    segments = _ceil(steps, segment) if steps else 0
     scratch = capacity * (segment * source.record_bytes + segments * source.checkpoint_bytes)
-    return Plan(threads, lanes, block_rows, max(1, segment), -(-scratch // 64) * 64)
+    return Plan(threads, lanes, block_rows, max(1, segment), _ceil(scratch, 64) * 64)
 
 
 def _most_lanes(source: KernelSource, steps: int) -> int:
@@ -60,7 +60,10 @@ def _most_lanes(source: KernelSource, steps: int) -> int:
 
 
 def _even(size: int, most: int, threads: int) -> int:
-    """Lanes of a block: equal blocks, a whole number of them a thread, multiples of a cache line."""
-    blocks = max(1, -(-size // most))
-    blocks = -(-blocks // threads) * threads
-    return min(most, max(16, -(-(-(-size // blocks)) // 16) * 16))
+    """Lanes of a block: equal blocks, a whole number of them a thread, multiples of 16."""
+    blocks = _ceil(max(1, _ceil(size, most)), threads) * threads
+    return min(most, max(16, _ceil(_ceil(size, blocks), 16) * 16))
+
+
+def _ceil(a: int, b: int) -> int:
+    return (a + b - 1) // b

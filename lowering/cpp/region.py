@@ -41,7 +41,7 @@ class Invariants:
 
 
 class Region:
-    """See the module's docstring. `names` has the value of each placeholder, `constants` those that are the same at all t."""
+    """See the module's docstring. `names` has the value of each placeholder, `constants` those that all steps share."""
 
     def __init__(
         self,
@@ -81,9 +81,10 @@ class Region:
         """The values of a lane that do not change over time, are not free, and that the steps read."""
         costly: set[fx.Node] = set()
         for node in nodes:
-            if self.level[node] == LANE and node.op != "placeholder":
-                if is_expensive(node) or any(i in costly for i in node.all_input_nodes):
-                    costly.add(node)
+            if self.level[node] != LANE or node.op == "placeholder":
+                continue
+            if is_expensive(node) or any(i in costly for i in node.all_input_nodes):
+                costly.add(node)
         returned = set(self.results.values())
         return [n for n in nodes if n in costly and (n in returned or any(self.level.get(u) == STEP for u in n.users))]
 
@@ -97,9 +98,7 @@ class Region:
             if node in found:
                 continue
             found.add(node)
-            if self.level[node] >= LANE and not stop(node):
-                stack += node.all_input_nodes
-            elif self.level[node] == ROW:
+            if self.level[node] >= ROW and not stop(node):
                 stack += node.all_input_nodes
         return [n for n in self.level if n in found]
 
@@ -168,7 +167,8 @@ class Region:
         for node in self._placeholders(nodes, ROW):
             self._load(emitter, node, self.constants[node].load())
         row_nodes = [n for n in nodes if self.level[n] == ROW and n.op != "placeholder"]
-        kept = [n for n in row_nodes if n in self.results.values() or any(self.level.get(u, ROW) > ROW for u in n.users)]
+        returned = set(self.results.values())
+        kept = [n for n in row_nodes if n in returned or any(self.level.get(u, ROW) > ROW for u in n.users)]
         self.writer.line(*emitter.statements(row_nodes, kept))
         return emitter
 

@@ -119,10 +119,9 @@ class Writer:
     def blocks(self) -> Iterator[None]:
         self.line("const int64_t end = blocks * (thread + 1) / threads;")
         with self.braces("for (int64_t block = blocks * thread / threads; block < end; ++block)"):
-            if not self.has_rows:
-                self.line("const int64_t first = block * block_lanes, lanes = min(block_lanes, size - first);")
-            else:
-                self.line("const int64_t first = block % lane_blocks * block_lanes, lanes = min(block_lanes, size - first);")
+            start = "block % lane_blocks" if self.has_rows else "block"
+            self.line(f"const int64_t first = {start} * block_lanes, lanes = min(block_lanes, size - first);")
+            if self.has_rows:
                 rest = "block / lane_blocks"
                 outermost = self.layout.ndim == 2
                 self.line(f"const int64_t first_row = {rest}{'' if outermost else ' % row_blocks'} * block_rows;")
@@ -216,8 +215,8 @@ class Writer:
             lines += ["//", *(comment(f"    {equation}") for equation in self.recurrence.equations)]
         lines += ["", "#include <cstdint>", prelude(self.helpers)]
         if "LANES" in used:
-            lines += [f"constexpr int64_t LANES = {lanes};  // the most a block has: what it keeps between steps stays in cache"]
-            lines += [""]
+            lines.append(f"constexpr int64_t LANES = {lanes};  // of a block, at most: what it keeps stays in cache")
+            lines.append("")
         return lines
 
     def _signature(self, parameters: tuple[Parameter, ...]) -> str:
