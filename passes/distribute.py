@@ -152,7 +152,7 @@ class _Merger:
                 return
 
     def join_consumer(self, i: int) -> None:
-        """A pointwise group that feeds one recurrence only joins it."""
+        """A pointwise group that feeds one recurrence only joins it; a smaller one is computed lane by lane there."""
         group = self.groups[i]
         if not group.pointwise or group.recurrent:
             return
@@ -160,7 +160,7 @@ class _Merger:
         if len(consumers) != 1 or self._is_result(group):
             return
         consumer = self.groups[consumers[0]]
-        if consumer.is_kernel and consumer.shape == group.shape:
+        if consumer.is_kernel and _broadcasts(group.shape, consumer.shape):
             self._merge(consumers[0], i)
 
     @staticmethod
@@ -182,6 +182,12 @@ class _Merger:
             if s != into:
                 self.dag.add_edge(into, s)
         self.dag.remove_node(other)
+
+
+def _broadcasts(small: tuple[int, ...] | None, large: tuple[int, ...] | None) -> bool:
+    if small is None or large is None or len(small) > len(large):
+        return False
+    return all(s in (1, b) for s, b in zip(reversed(small), reversed(large), strict=False))
 
 
 def _program_order(nodes: Sequence[fx.Node]):  # type: ignore[no-untyped-def]

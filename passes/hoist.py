@@ -5,7 +5,7 @@
         for t: s, v = step(v, x[t], w1)
 
 An op moves out when it is pure, draws no random numbers, and depends on nothing but the loop's constants. Pointwise ops
-that only feed pointwise ops stay: the kernel computes them once before its time loop anyway, with the arithmetic of eager.
+that only feed one recurrence stay: its kernel computes them once before its time loop anyway, with the arithmetic of eager.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import fx
 from snn_compile.ir.loop import Loop, LoopConst
 from snn_compile.ir.values import base_name, example
 from snn_compile.passes.classify import OpInfo
+from snn_compile.passes.distribute import find_groups
 
 
 def find_invariant(loop: Loop, infos: dict[fx.Node, OpInfo]) -> set[fx.Node]:
@@ -62,14 +63,12 @@ def hoist(gm: fx.GraphModule, call: fx.Node, loop: Loop, infos: dict[fx.Node, Op
 
 
 def _to_move(loop: Loop, infos: dict[fx.Node, OpInfo]) -> set[fx.Node]:
-    """Invariant ops no kernel can hold, invariant operands of ops that stay outside kernels, and all they depend on."""
+    """Invariant ops that no kernel takes in, and all they depend on."""
     invariant = find_invariant(loop, infos)
+    in_kernel = {n for g in find_groups(loop, infos) if g.is_kernel for n in g.nodes}
     moved: set[fx.Node] = set()
     for node in reversed(list(infos)):
-        if node not in invariant:
-            continue
-        stays = infos[node].pointwise and all(u in infos and infos[u].pointwise and u not in moved for u in node.users)
-        if not stays:
+        if node in invariant and (node not in in_kernel or any(u in moved for u in node.users)):
             moved.add(node)
     return moved
 

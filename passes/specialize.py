@@ -1,8 +1,12 @@
-"""Module floats that ``dynamic=True`` made symbolic become numbers again.
+"""What ``dynamic=True`` made symbolic without need becomes plain again: module floats, and sizes nobody reads.
 
     tau = l_self_tau.item(); h = v + x/tau   ->   h = v + x/2.0        (with a guard: tau is 2.0)
 
 A time constant or a threshold is a constant of the model. The guard makes Dynamo trace again when it changes.
+
+    autograd_function_apply(fwd, bwd, s0, s1, x)   ->   autograd_function_apply(fwd', bwd', x)
+
+Dynamo hands the symbolic sizes of a surrogate's operands to its bodies, whether they read them or not.
 """
 
 from __future__ import annotations
@@ -25,3 +29,52 @@ def specialize_floats(gm: fx.GraphModule) -> None:
             user.kwargs = fx.node.map_arg(user.kwargs, lambda n, node=node, number=number: number if n is node else n)
         if not node.users:
             gm.graph.erase_node(node)
+
+
+def drop_unread_sizes(gm: fx.GraphModule) -> None:
+    """Take symbolic sizes out of the operands of `autograd_function_apply` where neither body reads them."""
+    for node in gm.graph.nodes:
+        if node.target is not torch.ops.higher_order.autograd_function_apply:
+            continue
+        operands = node.args[2:]
+        sizes = [i for i, a in enumerate(operands) if isinstance(example(a), (int, torch.SymInt))]
+        forward, backward = (getattr(gm, n.target) for n in node.args[:2])
+        if sizes and (dropped := _without(forward, backward, sizes)) is not None:
+            (new_forward, new_backward), saved = dropped
+            setattr(gm, node.args[0].target, new_forward)
+            setattr(gm, node.args[1].target, new_backward)
+            kept = [a for i, a in enumerate(operands) if i not in sizes]
+            node.args = (*node.args[:2], *kept)
+            index = node.kwargs.get("saved_for_backward_idx", ())
+            node.kwargs = {**node.kwargs, "saved_for_backward_idx": [saved[i] for i in index]}
+
+
+def _without(forward: fx.GraphModule, backward: fx.GraphModule, sizes: list[int]):  # type: ignore[no-untyped-def]
+    """Copies of both bodies without the operands `sizes`, and where each saved value went; None where one is read."""
+    forward, backward = _clone(forward), _clone(backward)
+    output = forward.graph.output_node()
+    outs, saved = output.args[0]  # type: ignore[misc]
+    inputs = [n for n in forward.graph.nodes if n.op == "placeholder"]
+    gone = {inputs[i] for i in sizes}
+    if any(u is not output for n in gone for u in n.users) or any(o in gone for o in outs):
+        return None
+    received = [n for n in backward.graph.nodes if n.op == "placeholder"]
+    unread = [received[len(outs) + j] for j, s in enumerate(saved) if s in gone]
+    grads = backward.graph.output_node().args[0]
+    if any(n.users for n in unread) or any(grads[i] is not None for i in sizes):  # type: ignore[index]
+        return None
+    moved = {j: k for k, j in enumerate(j for j, s in enumerate(saved) if s not in gone)}
+    output.args = ((outs, tuple(s for s in saved if s not in gone)),)
+    backward.graph.output_node().args = (tuple(g for i, g in enumerate(grads) if i not in sizes),)  # type: ignore[arg-type]
+    for graph, nodes in ((forward.graph, gone), (backward.graph, unread)):
+        for n in nodes:
+            graph.erase_node(n)
+    forward.recompile()
+    backward.recompile()
+    return (forward, backward), moved
+
+
+def _clone(gm: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return fx.GraphModule(gm, graph)

@@ -30,7 +30,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, m
 from snn_compile.errors import Reject
 from snn_compile.ir.recurrence import Carry, Const, Output, Recurrence, TimeSeries
 from snn_compile.ir.values import base_name
-from snn_compile.passes.split_sums import split_sums
+from snn_compile.passes.split_sums import SUMS, split_sums
 
 aten = torch.ops.aten
 
@@ -144,14 +144,16 @@ def _trace_backward(body, operands, needs_grad, recurrence, supported, shape):  
 
 def _trace(function, operands, names, supported, shape) -> fx.GraphModule:  # type: ignore[no-untyped-def]
     """Trace; ops no target knows are decomposed in a second trace."""
-    gm = _make_graph(function, operands, {}, shape)
-    unknown = {n.target for n in gm.graph.nodes if n.op == "call_function" and not supported(n)}
-    if unknown:
+    table = core_aten_decompositions()
+    wanted: set[object] = set()
+    while True:
+        gm = _make_graph(function, operands, {op: table[op] for op in table if op in wanted})
+        unknown = {n.target for n in gm.graph.nodes if n.op == "call_function" and not supported(n)}
         # what a decomposition brings in may itself need one
-        table = core_aten_decompositions()
-        for _ in range(2):
-            gm = _make_graph(function, operands, {op: table[op] for op in table if op in unknown}, shape)
-            unknown |= {n.target for n in gm.graph.nodes if n.op == "call_function" and not supported(n)}
+        if not (unknown - SUMS - wanted) & set(table):
+            break
+        wanted |= unknown - SUMS
+    split_sums(gm, shape)
     for node in gm.graph.nodes:
         if node.op == "call_function" and not supported(node):
             raise Reject(f"the step calls {node.target}, which no pointwise kernel can hold", node=node.name)
@@ -160,13 +162,12 @@ def _trace(function, operands, names, supported, shape) -> fx.GraphModule:  # ty
     return gm
 
 
-def _make_graph(function, operands, decompositions, shape) -> fx.GraphModule:  # type: ignore[no-untyped-def]
+def _make_graph(function, operands, decompositions) -> fx.GraphModule:  # type: ignore[no-untyped-def]
     try:
         gm = make_fx(function, decomposition_table=decompositions)(*operands)
     except RuntimeError as error:
         raise Reject(f"autograd cannot differentiate one step alone: {str(error).splitlines()[0]}") from error
     simplify(gm)
-    split_sums(gm, shape)
     return gm
 
 

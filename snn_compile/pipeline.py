@@ -23,7 +23,7 @@ from snn_compile.passes.distribute import distribute, find_groups
 from snn_compile.passes.functionalize import functionalize
 from snn_compile.passes.hoist import find_invariant, hoist
 from snn_compile.passes.reroll import reroll
-from snn_compile.passes.specialize import specialize_floats
+from snn_compile.passes.specialize import drop_unread_sizes, specialize_floats
 from snn_compile.passes.unroll import restore_writes, unroll
 
 log = logging.getLogger("snn_compile")
@@ -66,6 +66,7 @@ def run_pipeline(gm: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, Re
     dump = _Dump(config.dump)
     dump(work, "0_dynamo")
     specialize_floats(work)
+    drop_unread_sizes(work)
     functionalize(work)
     dump(work, "1_functionalize")
     loops, rejections = reroll(work, lambda loop: _why_not(loop, report), config.min_steps)
@@ -81,6 +82,7 @@ def run_pipeline(gm: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, Re
     _lower(work, report)
     dump(work, "4_lower")
     counters["snn_compile"]["rejections"] += len(report.rejections)
+    _rewrite_inner(work, config, report)
     if not report.recurrences:
         return gm, report
     for call, loop in _calls(work):
@@ -108,6 +110,24 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
         if name not in vars(new):
             object.__setattr__(new, name, value)
     return new
+
+
+#: Higher-order ops that run their body as it is: a loop inside is a loop like any other.
+REGIONS = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint", "invoke_subgraph")
+
+
+def _rewrite_inner(gm: fx.GraphModule, config: Config, report: Report) -> None:
+    """The pipeline on the bodies of regions such as `torch.utils.checkpoint`."""
+    for node in gm.graph.nodes:
+        if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target.name() not in REGIONS:
+            continue
+        name = node.args[0].target
+        new, inner = run_pipeline(getattr(gm, name), config)
+        setattr(gm, name, new)
+        report.loops += inner.loops
+        report.recurrences += inner.recurrences
+        report.rejections += inner.rejections
+        report.ops_hoisted += inner.ops_hoisted
 
 
 def _calls(gm: fx.GraphModule) -> list[tuple[fx.Node, Loop]]:
