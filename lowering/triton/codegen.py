@@ -27,9 +27,6 @@ from snn_compile.lowering.triton.literals import TRITON_DTYPES
 from snn_compile.lowering.triton.memory import Argument, Tensor, as_block, lane_arguments, lane_lines
 from snn_compile.lowering.triton.names import RESERVED, Names, comment, identifier
 
-#: Part of every op name, so that caches forget kernels of older generators.
-GENERATOR_VERSION = 1
-
 
 @dataclass(frozen=True)
 class KernelText:
@@ -40,10 +37,13 @@ class KernelText:
     arguments: tuple[Argument, ...]
     #: dtypes of the tensors that are read or written lane by lane in every step
     streamed: tuple[torch.dtype, ...]
-    #: dtypes of the scratch buffers, each ``[segments - 1, N]``
-    scratch: tuple[torch.dtype, ...] = ()
     #: dtypes of the values a segment keeps in registers for every step; empty where there are no segments
     kept: tuple[torch.dtype, ...] = ()
+
+    @property
+    def scratch(self) -> tuple[torch.dtype, ...]:
+        """Dtypes of the scratch buffers, each ``[segments - 1, N]``."""
+        return tuple(a.dtype for a in self.arguments if a.kind == "scratch" and a.dtype is not None)
 
     @property
     def segmented(self) -> bool:
@@ -63,7 +63,7 @@ class _Kernel:
         self.recurrence, self.layout = recurrence, layout
         self.names = Names(RESERVED | {f"{what}_{d}" for what in ("index", "size") for d in range(layout.ndim)})
         self.tensors: list[Tensor] = []
-        self.scratch: list[tuple[Argument, torch.dtype]] = []
+        self.scratch: list[Argument] = []
         self.kept: tuple[torch.dtype, ...] = ()
         self.states = [self.names.unique(c.name) for c in recurrence.carries]
         self.inits = [self.tensor(f"{c.name}_init", c.dtype) for c in recurrence.carries]
@@ -129,7 +129,7 @@ class _Kernel:
         body = _used([*lane_lines(self.layout), *offsets], body) + body
         text = "\n".join(body)
         arguments = [a for t in self.tensors for a in t.arguments if a.kind == "pointer"]
-        arguments += [a for a, _ in self.scratch] + lane_arguments(self.layout)
+        arguments += [*self.scratch, *lane_arguments(self.layout)]
         arguments += [a for t in self.tensors for a in t.arguments if a.kind != "pointer"]
         arguments = [a for a in arguments if _mentions(text, a.name)]
         constants = ["BLOCK", "INDEX", *(["SEGMENT"] if _mentions(text, "SEGMENT") else [])]
@@ -147,8 +147,7 @@ class _Kernel:
         kernel = [*signature, *(f"    {line}" if line else "" for line in body)]
         parts = ["\n".join(header), *helpers, "\n".join([*equations, *kernel])]
         streamed = tuple(t.dtype for t in self.tensors if t.timed and t.block and _mentions(text, t.pointer.name))
-        scratch = tuple(d for _, d in self.scratch)
-        return KernelText(name, "\n\n\n".join(parts) + "\n", tuple(arguments), streamed, scratch, self.kept)
+        return KernelText(name, "\n\n\n".join(parts) + "\n", tuple(arguments), streamed, self.kept)
 
 
 class _Forward(_Kernel):
@@ -277,8 +276,8 @@ class _Backward(_Kernel):
         starts = {}
         for i in self.recomputed:
             name = self.names.unique(f"{self.states[i]}_start_ptr")
-            pointer = Argument(name, "scratch", len(self.scratch), aligned=True)
-            self.scratch.append((pointer, r.carries[i].dtype))
+            pointer = Argument(name, "scratch", len(self.scratch), aligned=True, dtype=r.carries[i].dtype)
+            self.scratch.append(pointer)
             starts[i] = f"{pointer.name} + segment * N + lane"
         both = [i for i in self.xs_read if i in self.step_xs]
         steps = {self.states[i]: self.names.unique(f"{self.states[i]}_steps") for i in self.states_read}
@@ -385,8 +384,10 @@ def _update(statements: Sequence[Statement], updates: Sequence[tuple[str, Value]
     statements, pending = list(statements), [(name, value) for name, value in updates if value.text != name]
     for name, value in list(pending):
         at = next((i for i, s in enumerate(statements) if s.target == value.text and value.block), None)
-        others = [v for n, v in pending if n != name]
-        if at is None or any(name in s.uses for s in [*statements[at + 1 :], *others]):
+        if at is None:
+            continue
+        readers = [s.uses for s in statements[at + 1 :]] + [v.uses for n, v in pending if n != name]
+        if any(name in uses for uses in readers):
             continue
         statements[at] = replace(statements[at], target=name)
         statements[at + 1 :] = [_rename(s, value.text, name) for s in statements[at + 1 :]]

@@ -25,6 +25,8 @@ class Argument:
     dim: int = 0
     #: worth a kernel compiled for multiples of 16 (of bytes, for a pointer), because accesses then are 128 bits wide
     aligned: bool = False
+    #: of a pointer
+    dtype: torch.dtype | None = None
 
     def __str__(self) -> str:
         return f"{self.name}: tl.int64" if self.kind in ("N", "stride", "time_stride") else self.name
@@ -52,7 +54,7 @@ class Tensor:
         self.block = bool(outer) or inner != 0
         wide = inner == 1
         base = names.unique(f"{identifier(base)[:40]}_ptr").removesuffix("_ptr")
-        self.pointer = Argument(f"{base}_ptr", "pointer", position, aligned=wide)
+        self.pointer = Argument(f"{base}_ptr", "pointer", position, aligned=wide, dtype=dtype)
         self.time_stride = Argument(names.unique(f"{base}_stride_t"), "time_stride", position, aligned=wide)
         dims = [*outer, layout.ndim - 1] if inner == -1 else list(outer)
         self.strides = [Argument(names.unique(f"{base}_stride_{d}"), "stride", position, d, aligned=wide) for d in dims]
