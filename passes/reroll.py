@@ -231,9 +231,17 @@ def reroll(gm: fx.GraphModule, accept: Accept, min_length: int = 2) -> tuple[lis
     while (found := _first_loop(gm, accept, min_length, f"loop_{len(loops)}", rejections)) is not None:
         loops.append(found)
     if loops:
+        _drop_unused_bodies(gm)
         gm.graph.lint()
         gm.recompile()
     return loops, list(rejections.values())
+
+
+def _drop_unused_bodies(gm: fx.GraphModule) -> None:
+    """The bodies of the surrogate calls that went into a loop; each of them would be recompiled with `gm`."""
+    for node in [n for n in gm.graph.nodes if n.op == "get_attr" and not n.users]:
+        gm.graph.erase_node(node)
+    gm.delete_all_unused_submodules()
 
 
 def _first_loop(

@@ -18,6 +18,7 @@ others (`passes/split_sums`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -144,15 +145,15 @@ def _trace_backward(body, operands, needs_grad, recurrence, supported, shape):  
 
 def _trace(function, operands, names, supported, shape) -> fx.GraphModule:  # type: ignore[no-untyped-def]
     """Trace; ops no target knows are decomposed in a second trace."""
-    table = core_aten_decompositions()
-    wanted: set[object] = set()
+    decompositions: dict[object, Callable] = {}  # type: ignore[type-arg]
     while True:
-        gm = _make_graph(function, operands, {op: table[op] for op in table if op in wanted})
-        unknown = {n.target for n in gm.graph.nodes if n.op == "call_function" and not supported(n)}
+        gm = _make_graph(function, operands, decompositions)
+        unknown = {n.target for n in gm.graph.nodes if n.op == "call_function" and not supported(n)} - SUMS
         # what a decomposition brings in may itself need one
-        if not (unknown - SUMS - wanted) & set(table):
+        more = {op: _core_decompositions()[op] for op in unknown if op in _core_decompositions()}
+        if not more.keys() - decompositions.keys():
             break
-        wanted |= unknown - SUMS
+        decompositions |= more
     split_sums(gm, shape)
     for node in gm.graph.nodes:
         if node.op == "call_function" and not supported(node):
@@ -160,6 +161,11 @@ def _trace(function, operands, names, supported, shape) -> fx.GraphModule:  # ty
     check_pointwise(gm, shape)
     _name_nodes(gm, names)
     return gm
+
+
+@functools.cache
+def _core_decompositions() -> dict:  # type: ignore[type-arg]
+    return dict(core_aten_decompositions().items())
 
 
 def _make_graph(function, operands, decompositions) -> fx.GraphModule:  # type: ignore[no-untyped-def]

@@ -60,9 +60,20 @@ def is_pointwise_op(op: torch._ops.OpOverload) -> bool:
 
 
 def run_pipeline(gm: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, Report]:
-    """Rewrite a copy of `gm`; gives back `gm` itself where nothing was lowered."""
+    """Rewrite `gm` in place; where nothing was lowered, or a pass fails, it is as it was."""
+    backup = _Backup(gm)
+    try:
+        report = _run_passes(gm, config)
+    except Exception:
+        backup.restore()
+        raise
+    if not report.changed:
+        backup.restore()
+    return gm, report
+
+
+def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     report = Report()
-    work = _copy(gm)
     dump = _Dump(config.dump)
     dump(work, "0_dynamo")
     specialize_floats(work)
@@ -84,32 +95,34 @@ def run_pipeline(gm: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, Re
     counters["snn_compile"]["rejections"] += len(report.rejections)
     _rewrite_inner(work, config, report)
     if not report.recurrences:
-        return gm, report
+        return report
     for call, loop in _calls(work):
         unroll(work, call, loop)
     restore_writes(work)
     _finish(work)
     dump(work, "5_unroll")
     report.changed = True
-    return work, report
+    return report
 
 
-def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of the graph over the same submodules and attributes."""
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(gm.graph, env))
-    for old, node in env.items():
-        node.meta = copy.copy(old.meta)
-        for key, value in vars(old).items():
-            if key.startswith("_dynamo"):
-                setattr(node, key, value)
-    new = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
-    new.meta = dict(gm.meta)
-    for name, value in vars(gm).items():  # what Dynamo hangs on the module: sources, ids, reasons
-        if name not in vars(new):
-            object.__setattr__(new, name, value)
-    return new
+class _Backup:
+    """The graph as Dynamo gave it, to go back to where nothing was lowered."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm, self.graph, env = gm, fx.Graph(), dict[fx.Node, fx.Node]()
+        self.graph.output(self.graph.graph_copy(gm.graph, env))
+        self.children = dict(gm.named_children())
+        for old, new in env.items():
+            new.meta = copy.copy(old.meta)
+            for key, value in vars(old).items():
+                if key.startswith("_dynamo"):
+                    setattr(new, key, value)
+
+    def restore(self) -> None:
+        for name, child in self.children.items():
+            self.gm.add_submodule(name, child)
+        self.gm.graph = self.graph
+        self.gm.delete_all_unused_submodules()
 
 
 #: Higher-order ops that run their body as it is: a loop inside is a loop like any other.
