@@ -29,7 +29,7 @@ from snn_compile.errors import Reject, Rejection
 from snn_compile.ir.loop import Loop, LoopCarry, LoopConst, LoopInput, LoopOutput
 from snn_compile.ir.values import base_name, example, is_getitem, user_line, user_location
 from snn_compile.passes.find_repeats import Repeat, find_repeats
-from snn_compile.passes.functionalize import is_grad_switch, store
+from snn_compile.passes.functionalize import is_grad_switch, is_write, store
 
 Accept = Callable[[Loop], "Rejection | None"]
 
@@ -628,7 +628,8 @@ class _Plan:
         loop_xs = [spec for spec, _ in self.inputs]
         loop_consts = [LoopConst(base_name(n.name), example(n)) for n in self.consts]
         self._sort_placeholders(extra)
-        self.body.eliminate_dead_code()
+        # (FX takes a method call for pure, even `counter.add_(1)`)
+        self.body.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() or is_write(n))
         body = fx.GraphModule(self.root, self.body, class_name="Body")
         first = self.node(0, self.template)
         loop = Loop(name, self.count, body, carries, loop_xs, loop_consts, [s for s, _ in self.outputs], user_location(first))

@@ -20,6 +20,7 @@ class Config:
 
     enabled: bool = _option(True, "rewrite loops; False hands the graph to Inductor untouched", (True, False))
     strict: bool = _option(False, "raise on an internal failure of a pass instead of falling back", (True, False))
+    batch_time: bool = _option(True, "run layers between neurons once over all steps, not step by step", (True, False))
     min_steps: int = _option(2, "the shortest loop that is rerolled, in equal iterations")
     dump: str = _option("", "directory for the graph after every pass and each kernel's source (SNN_COMPILE_DUMP)")
 

@@ -18,6 +18,7 @@ from snn_compile.ir.loop import Loop
 from snn_compile.ir.recurrence import Recurrence
 from snn_compile.lowering import ops, targets
 from snn_compile.lowering.lower_loops import lower_loop, make_recurrence
+from snn_compile.passes.batch_time import batch_time
 from snn_compile.passes.classify import classify
 from snn_compile.passes.distribute import distribute, find_groups
 from snn_compile.passes.functionalize import functionalize
@@ -35,6 +36,7 @@ PASSES = (
     ("reroll", "T equal iterations become one Loop"),
     ("hoist", "loop-invariant work runs once"),
     ("distribute", "strongly connected components become recurrences; pointwise neighbours join them"),
+    ("batch_time", "a loop without a recurrence runs once over all steps"),
     ("lower", "a pointwise recurrence becomes one kernel, forward and backward"),
     ("unroll", "what is left becomes plain ops again, for Inductor"),
 )
@@ -50,6 +52,7 @@ class Report:
     #: loops or groups as Rejection-like lines: what was left to Inductor inside rerolled loops
     steps: dict[str, int] = field(default_factory=dict)
     ops_hoisted: int = 0
+    ops_time_batched: int = 0
     changed: bool = False
 
 
@@ -90,8 +93,11 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
         distribute(work, call, loop, infos)
     counters["snn_compile"]["ops_hoisted"] += report.ops_hoisted
     dump(work, "3_distribute")
+    if config.batch_time:
+        _batch_time(work, report)
+        dump(work, "4_batch_time")
     _lower(work, report)
-    dump(work, "4_lower")
+    dump(work, "5_lower")
     counters["snn_compile"]["rejections"] += len(report.rejections)
     _rewrite_inner(work, config, report)
     if not report.recurrences:
@@ -100,7 +106,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
         unroll(work, call, loop)
     restore_writes(work)
     _finish(work)
-    dump(work, "5_unroll")
+    dump(work, "6_unroll")
     report.changed = True
     return report
 
@@ -141,6 +147,7 @@ def _rewrite_inner(gm: fx.GraphModule, config: Config, report: Report) -> None:
         report.recurrences += inner.recurrences
         report.rejections += inner.rejections
         report.ops_hoisted += inner.ops_hoisted
+        report.ops_time_batched += inner.ops_time_batched
 
 
 def _calls(gm: fx.GraphModule) -> list[tuple[fx.Node, Loop]]:
@@ -165,6 +172,19 @@ def _why_not(loop: Loop, report: Report) -> Rejection | None:
             loop.location,
         )
     return Rejection("nothing is carried from step to step", loop.name, loop.location)
+
+
+def _batch_time(gm: fx.GraphModule, report: Report) -> None:
+    for call, loop in _calls(gm):
+        if loop.is_kernel:
+            continue
+        try:
+            count = batch_time(gm, call, loop, classify(loop, is_pointwise_op))
+        except Reject as r:
+            report.rejections.append(r.rejection)
+            continue
+        report.ops_time_batched += count
+        counters["snn_compile"]["ops_time_batched"] += count
 
 
 def _lower(gm: fx.GraphModule, report: Report) -> None:
