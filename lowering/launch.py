@@ -171,5 +171,8 @@ def _call(
     if shape.numel() == 0:
         return
     placement = place(shape, tensors, timed)
-    kernel = target.kernel(recurrence, direction, placement.layout)
+    key = (target.name, direction, placement.layout)
+    kernel = recurrence.kernels.get(key)
+    if kernel is None:
+        kernel = recurrence.kernels[key] = target.kernel(recurrence, direction, placement.layout)
     kernel(tensors, placement, steps)

@@ -96,6 +96,8 @@ class Recurrence:
     #: where the loop is in the user's code, for reports
     location: str = ""
     meta: dict = field(default_factory=dict)
+    #: compiled kernels by target, direction and layout, so that a call looks them up without generating their text
+    kernels: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def finals(self) -> tuple[Carry, ...]:
@@ -111,10 +113,12 @@ class Recurrence:
 
     def shape(self, operands: Sequence[torch.Tensor]) -> torch.Size:
         """``S``: the broadcast of the initial values, of one step's inputs and of the constants."""
-        n_carries, n_xs = len(self.carries), len(self.xs)
-        return torch.broadcast_shapes(
-            *(o.shape[1:] if n_carries <= i < n_carries + n_xs else o.shape for i, o in enumerate(operands))
-        )
+        first, last = len(self.carries), len(self.carries) + len(self.xs)
+        shapes = [o.shape[1:] if first <= i < last else o.shape for i, o in enumerate(operands)]
+        widest = max(shapes, key=len)
+        if all(s == widest or not s for s in shapes):  # the usual case, and cheaper than PyTorch's own function
+            return widest
+        return torch.broadcast_shapes(*shapes)
 
     def __call__(self, *operands: torch.Tensor, steps: int) -> tuple[torch.Tensor, ...]:
         """The meaning of the recurrence: run it step by step with eager ATen (not differentiable)."""
