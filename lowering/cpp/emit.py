@@ -17,7 +17,16 @@ from torch import fx
 
 from snn_compile.lowering.cpp.literals import HALVES, HELD, literal
 from snn_compile.lowering.cpp.names import Names, words
-from snn_compile.lowering.ops import CONSTANTS, TABLE, PointwiseOp, computation_dtype, operand_nodes, overload_name
+from snn_compile.lowering.ops import (
+    CONSTANTS,
+    TABLE,
+    PointwiseOp,
+    computation_dtype,
+    operand_nodes,
+    opmath,
+    overload_name,
+    promoted_dtype,
+)
 
 #: What Dynamo and ATen call a value that the user did not name.
 _NAMES_OF_OPS = words("""
@@ -78,7 +87,8 @@ class Emitter:
         operands = []
         for i, operand in enumerate(operand_nodes(node)):
             is_condition = row.promotion is None and i == 0 and name.startswith("where")
-            operands.append(self._operand(operand, torch.bool if is_condition else compute))
+            keeps = row.keeps_numbers and i == 1
+            operands.append(self._operand(operand, torch.bool if is_condition else promoted_dtype(node), keeps))
         code, operator = _combine(row, operands, node)
         for helper in row.cpp_helpers:
             if f"{helper}(" in code:
@@ -89,10 +99,15 @@ class Emitter:
             code, operator = self._rounded(code, result), ""
         return Text(code, result, operator)
 
-    def _operand(self, operand: object, dtype: torch.dtype) -> Text:
-        if isinstance(operand, fx.Node):
-            return _converted(self.values[operand], dtype)
-        return Text(literal(operand, dtype), dtype)  # type: ignore[arg-type]
+    def _operand(self, operand: object, dtype: torch.dtype, keeps_numbers: bool) -> Text:
+        """Converted to the promoted dtype, as eager does before it widens bf16 and fp16 to compute."""
+        if not isinstance(operand, fx.Node):
+            return Text(literal(operand, opmath(dtype) if keeps_numbers else dtype), dtype)  # type: ignore[arg-type]
+        text = self.values[operand]
+        is_number = operand.meta["val"].dim() == 0
+        if dtype in HALVES and text.dtype not in (dtype, torch.bool) and not (keeps_numbers and is_number):
+            return Text(self._rounded(_converted(text, dtype).code, dtype), dtype)
+        return _converted(text, dtype)
 
     def _rounded(self, code: str, dtype: torch.dtype) -> str:
         if dtype not in HALVES:

@@ -38,7 +38,7 @@ def _axpy(a: str, b: str, sign: int, node: fx.Node) -> str:
         return f"{a} | {b}"
     if alpha == 1:
         return f"{a} {'+' if sign > 0 else '-'} {b}"
-    factor = literal(sign * alpha, _dtype(node))  # type: ignore[operator, arg-type]
+    factor = literal(sign * alpha, node.meta["val"].dtype)  # type: ignore[operator, arg-type]
     return f"{_builtin('fma', node)}({b}, {factor}, {a})" if _is_float(node) else f"{a} + {factor} * {b}"
 
 
@@ -92,24 +92,26 @@ def minimum(operands: list[str], node: fx.Node) -> str:
 
 
 def clamp(operands: list[str], node: fx.Node) -> str:
-    """``lo`` wins over the value, ``hi`` over ``lo``; a NaN fails both comparisons and so stays."""
+    """``lo`` wins over the value, ``hi`` over ``lo``; a NaN fails both comparisons and so stays, a NaN bound wins."""
     given = dict(enumerate(node.args[1:3]))
     given |= {i: node.kwargs[k] for i, k in enumerate(("min", "max")) if k in node.kwargs}
     hard = "hardtanh" in str(node.target)
     value, bounds = operands[0], iter(operands[1:])
     if given.get(0) is not None or hard:
-        low = next(bounds)
-        value = f"{value} < {low} ? {low} : {value}"
+        value = _bound("<", value, next(bounds), node)
     if given.get(1) is not None or hard:
-        high = next(bounds)
-        value = f"({value})" if "?" in value else value
-        value = f"{value} > {high} ? {high} : {value}"
+        value = _bound(">", f"({value})" if "?" in value else value, next(bounds), node)
     return value
 
 
 def clamp_max(operands: list[str], node: fx.Node) -> str:
-    value, high = operands
-    return f"{value} > {high} ? {high} : {value}"
+    return _bound(">", operands[0], operands[1], node)
+
+
+def _bound(relation: str, value: str, bound: str, node: fx.Node) -> str:
+    if isinstance(node.args[-1], fx.Node) and len(node.args) > 1 and _is_float(node):  # a tensor may hold NaN
+        return f"{value} != {value} || {value} {'>' if relation == '<' else '<'} {bound} ? {value} : {bound}"
+    return f"{value} {relation} {bound} ? {bound} : {value}"
 
 
 def bitwise_not(operands: list[str], node: fx.Node) -> str:
@@ -122,20 +124,23 @@ def heaviside(operands: list[str], node: fx.Node) -> str:
 
 
 def power(operands: list[str], node: fx.Node) -> str:
-    """Eager's special exponents, in its order of multiplication."""
+    """Eager's special exponents, in its order of multiplication (pow_tensor_scalar_optimized_kernel)."""
     base, exponent = operands[0], node.args[1]
     if not isinstance(exponent, fx.Node) and _is_float(node):
-        root = sqrt([base], node)
+        root, result = sqrt([base], node), node.meta["val"].dtype
+        square = f"{base} * {base}"
+        if result == torch.bfloat16:  # each of eager's multiplications rounds
+            square = f"round_bf16({square})"
         special = {
             1: base,
             2: f"{base} * {base}",
-            3: f"{base} * {base} * {base}",
+            3: f"{square} * {base}",
             0.5: root,
             -0.5: f"1 / {root}",
             -1: f"1 / {base}",
-            -2: f"1 / ({base} * {base})",
+            -2: f"1 / ({square})",
         }
-        if exponent in special:
+        if exponent in special and not (result == torch.float16 and exponent in (0.5, -0.5)):
             return special[exponent]  # type: ignore[index]
     if _is_float(node):
         return f"vpow({base}, {operands[1]})"

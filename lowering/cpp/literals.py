@@ -35,13 +35,15 @@ def held_bytes(dtype: torch.dtype) -> int:
 
 
 def literal(value: float | int | bool, dtype: torch.dtype) -> str:
-    """`value` converted to `dtype`, exactly (bf16 and fp16: to float, which is what eager computes with)."""
+    """`value` converted to `dtype`, exactly."""
     kind = HELD[dtype]
     if kind == "bool":
         return "true" if value else "false"
     if kind in ("float", "double"):
-        return _float_literal(float(value), single=kind == "float")
-    number = int(value)
+        rounded = torch.tensor(float(value), dtype=torch.float64).to(dtype).item()
+        return _float_literal(rounded, single=kind == "float")
+    info = torch.iinfo(dtype)
+    number = (int(value) - info.min) % 2**info.bits + info.min
     if abs(number) < 2**31:
         return str(number)
     return f"({number + 1}LL - 1)" if number == -(2**63) else f"{number}LL"
@@ -49,8 +51,6 @@ def literal(value: float | int | bool, dtype: torch.dtype) -> str:
 
 def _float_literal(value: float, single: bool) -> str:
     suffix = "f" if single else ""
-    if single:
-        value = _to_single(value)
     if math.isnan(value):
         return f'__builtin_nan{suffix}("")'
     if math.isinf(value):

@@ -11,20 +11,21 @@ def words(text: str) -> frozenset[str]:
 
 _KEYWORDS = words("""
     alignas alignof and and_eq asm auto bitand bitor bool break case catch char char8_t char16_t char32_t class
-    co_await co_return co_yield compl concept const const_cast consteval constexpr constinit continue decltype default delete do
-    double dynamic_cast else enum explicit export extern false float for friend goto if inline int long mutable
-    namespace new noexcept not not_eq nullptr operator or or_eq private protected public register reinterpret_cast requires return
-    short signed sizeof static static_assert static_cast struct switch template this thread_local throw true try typedef
-    typeid typename union unsigned using virtual void volatile wchar_t while xor xor_eq
-    int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t uint64_t uintptr_t std main linux unix errno NULL
+    co_await co_return co_yield compl concept const const_cast consteval constexpr constinit continue decltype
+    default delete do double dynamic_cast else enum explicit export extern false float for friend goto if inline int
+    long mutable namespace new noexcept not not_eq nullptr operator or or_eq private protected public register
+    reinterpret_cast requires return short signed sizeof static static_assert static_cast struct switch template
+    this thread_local throw true try typedef typeid typename union unsigned using virtual void volatile wchar_t
+    while xor xor_eq int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t uint64_t uintptr_t std main linux unix
+    errno NULL
 """)
 
 #: What the kernels and the helpers name themselves.
 _OURS = words("""
-    steps t lane lanes first size block blocks block_lanes rows row first_row end_row block_rows row_blocks lane_blocks
-    at end capacity threads thread streaming stream scratch scratch_bytes here visit replays segment segments begin stop
-    number LANES min max exp log sin cos tanh erf erfc pow atan expm1 log1p sigmoid integer_power
-    vexp vexpm1 vlog vlog1p vtanh vsin vcos vatan verf verfc vpow
+    steps t lane lanes first size block blocks block_lanes rows row first_row end_row block_rows row_blocks
+    lane_blocks at end capacity threads thread streaming stream scratch scratch_bytes here visit replays segment
+    segments begin stop number LANES min max exp log sin cos tanh erf erfc pow atan expm1 log1p sigmoid
+    integer_power vexp vexpm1 vlog vlog1p vtanh vsin vcos vatan verf verfc vpow
 """)
 
 RESERVED = _KEYWORDS | _OURS

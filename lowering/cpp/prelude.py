@@ -100,7 +100,7 @@ def _transcendental(name: str, real: str) -> Helper:
     types = ", ".join([real] * arity)
     parameters = ", ".join(f"{real} {c}" for c in "xy"[:arity])
     arguments = ", ".join("xy"[:arity])
-    splats = ", ".join(f"{lanes}{{}} + {c}" for c in "xy"[:arity])
+    splats = ", ".join(f"{c} - {lanes}{{}}" for c in "xy"[:arity])
     return Helper(
         f"""
 #ifdef SLEEF  // libtorch_cpu holds the vector variants, which eager calls too; the scalar one is a lane of a vector
@@ -134,6 +134,7 @@ static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
     "stream": Helper(_STREAM),
     "integer_power": Helper("""
 static inline int64_t integer_power(int64_t base, int64_t exponent) {
+  if (exponent < 0) return base == 1 ? 1 : base == -1 ? 1 - 2 * (exponent & 1) : 0;
   int64_t result = 1;
   for (; exponent > 0; exponent >>= 1, base *= base) result *= exponent & 1 ? base : 1;
   return result;
