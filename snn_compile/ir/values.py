@@ -5,12 +5,13 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import fx
 
 
-def example(node: object) -> object:
+def example(node: object) -> Any:
     """The fake value Dynamo (or a pass) recorded for the node; a Python number stands for itself."""
     if isinstance(node, fx.Node):
         return node.meta.get("example_value", node.meta.get("val"))
