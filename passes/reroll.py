@@ -164,9 +164,7 @@ class Graph:
             if leaf is before:
                 return Column("const", leaf)
             at = self.position.get(leaf)
-            at_before = self.position.get(before) if isinstance(before, fx.Node) else None
-            moves_along = at is not None and at_before is not None and at - at_before == repeat.period
-            if at is None or not moves_along and at < repeat.start:
+            if at is None or at < repeat.start:  # made before the loop, another one for each step
                 return Column("series")
             return Column("distance", distance=positions[middle] - at)
         step = leaf - before if type(leaf) is int and type(before) is int else 0
