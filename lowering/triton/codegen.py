@@ -46,6 +46,10 @@ class KernelText:
         return tuple(a.dtype for a in self.arguments if a.kind == "scratch" and a.dtype is not None)
 
     @property
+    def accessed(self) -> tuple[torch.dtype, ...]:
+        return self.streamed + self.scratch
+
+    @property
     def segmented(self) -> bool:
         return bool(self.kept)
 
@@ -233,6 +237,7 @@ class _Backward(_Kernel):
         self.nodes = emit.needed(self.graph, self.results)
         self.states_read = [i for i in range(n) if placeholders[i] in self.nodes]
         self.xs_read = [i for i in range(m) if placeholders[n + i] in self.nodes]
+        self.ct_ys_read = [i for i, p in enumerate(self.ct_y_placeholders) if p in self.nodes]
         # to recompute those states, the step may need others
         step = r.step.graph
         step_results = emit.output_nodes(step)
@@ -267,54 +272,59 @@ class _Backward(_Kernel):
 
     def _plain_loop(self, env: Environment) -> list[str]:
         """The backward step reads no state: nothing to recompute."""
-        loop = ["t = T - 1 - i", *self.load_inputs(self.xs_read, "inside"), *self._step_back(env, "inside", "")]
-        loop = loop[1:] if not _mentions("\n".join(loop[1:]), "t") else loop
-        return ["for i in range(T):", *_indent(loop)]
+        loop = [*self.load_inputs(self.xs_read, "inside"), *self._load_cotangents("inside")]
+        loop += self._step_back(env, "inside")
+        return ["for i in range(T):", *_indent(_with_position("t = T - 1 - i", loop))]
 
     def _segments(self, env: Environment) -> list[str]:
+        """Everything that a segment reads is loaded ahead of its recurrence, so that the loads overlap."""
+        starts = self._start_addresses()
+        states = [self.states[i] for i in self.states_read]
+        loaded = [self.x_names[i] for i in self.xs_read] + [self.ct_y_names[i] for i in self.ct_ys_read]
+        steps = {name: self.names.unique(f"{name}_steps") for name in (*states, *loaded)}
         r = self.recurrence
-        starts = {}
-        for i in self.recomputed:
-            name = self.names.unique(f"{self.states[i]}_start_ptr")
-            pointer = Argument(name, "scratch", len(self.scratch), aligned=True, dtype=r.carries[i].dtype)
-            self.scratch.append(pointer)
-            starts[i] = f"{pointer.name} + segment * N + lane"
-        both = [i for i in self.xs_read if i in self.step_xs]
-        steps = {self.states[i]: self.names.unique(f"{self.states[i]}_steps") for i in self.states_read}
-        steps |= {self.x_names[i]: self.names.unique(f"{self.x_names[i]}_steps") for i in both}
-        self.kept = tuple(r.carries[i].dtype for i in self.states_read) + tuple(r.xs[i].dtype for i in both)
+        self.kept = tuple(r.carries[i].dtype for i in self.states_read) + tuple(r.xs[i].dtype for i in self.xs_read)
+        self.kept += tuple(self.ct_ys[i].dtype for i in self.ct_ys_read)
 
         sweep = [*self.load_inputs(self.step_xs, "inside"), *self._recompute(env)]
         save = [f"tl.store({starts[i]}, {self.states[i]}, mask=inside)" for i in self.recomputed]
-        again = [*self.load_inputs(self.step_xs, "inside & (t < T)", "t < T")]
+        again = self.load_inputs(sorted({*self.step_xs, *self.xs_read}), "live", "t < T") + self._load_cotangents(
+            "live", "t < T"
+        )
         again += [f"{all_steps} = {all_steps} + ({name},)" for name, all_steps in steps.items()]
         again += self._recompute(env)
         back = [f"{name} = {all_steps}[k]" for name, all_steps in steps.items()]
-        others = [i for i in self.xs_read if i not in both]
-        back += [*self.load_inputs(others, "live", "t < T"), *self._step_back(env, "live", "t < T")]
-        back = (["live = inside & (t < T)"] if _mentions("\n".join(back), "live") else []) + back
-        position = ["t = segment * SEGMENT + k"]
+        back += self._step_back(env, "live", "t < T")
+        position, live = "t = segment * SEGMENT + k", "live = inside & (t < T)"
+        segment = [
+            "# the states of this segment",
+            *(f"{all_steps} = ()" for all_steps in steps.values()),
+            "for k in tl.static_range(SEGMENT):",
+            *_indent(_with_position(position, _with_position(live, again))),
+            "# and back over them",
+            "for k in tl.static_range(SEGMENT - 1, -1, -1):",
+            *_indent(_with_position(position, _with_position(live, back))),
+            *self._load_starts(starts),
+        ]
         return [
             "# the states at the start of every segment",
             *self.load_states(self.recomputed),
             "segments = tl.cdiv(T, SEGMENT)",
             "for segment in range(segments - 1):",
             *_indent([*save, "for k in tl.static_range(SEGMENT):", *_indent(_with_position(position, sweep))]),
-            "tl.debug_barrier()",
+            "tl.debug_barrier()  # nobody reads a start that another thread stores",
             "for segment in range(segments - 1, -1, -1):",
-            *_indent(
-                [
-                    "# the states of this segment",
-                    *(f"{all_steps} = ()" for all_steps in steps.values()),
-                    "for k in tl.static_range(SEGMENT):",
-                    *_indent(_with_position(position, again)),
-                    "# and back over them",
-                    "for k in tl.static_range(SEGMENT - 1, -1, -1):",
-                    *_indent(_with_position(position, back)),
-                    *self._load_starts(starts),
-                ]
-            ),
+            *_indent(segment),
         ]
+
+    def _start_addresses(self) -> dict[int, str]:
+        """Scratch memory for the start of every segment, one row a segment, for each state that is recomputed."""
+        starts = {}
+        for i in self.recomputed:
+            name, dtype = self.names.unique(f"{self.states[i]}_start_ptr"), self.recurrence.carries[i].dtype
+            self.scratch.append(Argument(name, "scratch", len(self.scratch), aligned=True, dtype=dtype))
+            starts[i] = f"{name} + segment * N + lane"
+        return starts
 
     def _load_starts(self, starts: dict[int, str]) -> list[str]:
         """The state at the start of the segment before this one, if there is one."""
@@ -334,15 +344,16 @@ class _Backward(_Kernel):
         updates = [(self.states[i], emitter.env[results[i]]) for i in self.recomputed]  # type: ignore[index]
         return [str(s) for s in _update(emitter.statements, updates)]
 
-    def _step_back(self, env: Environment, mask: str, in_range: str) -> list[str]:
+    def _load_cotangents(self, mask: str, in_range: str = "") -> list[str]:
+        return [f"{self.ct_y_names[i]} = {self.ct_ys[i].load(mask, in_range=in_range)}" for i in self.ct_ys_read]
+
+    def _step_back(self, env: Environment, mask: str, in_range: str = "") -> list[str]:
         """One step of the cotangents. Where a step may lie beyond T, `in_range` tells, and nothing changes there."""
-        loads, env = [], dict(env)
+        env = dict(env)
         for i in self.live:
             env[self.ct_placeholders[i]] = Value.variable(self.cts[i], self.recurrence.carries[i].dtype)
         for tensor, name, node in zip(self.ct_ys, self.ct_y_names, self.ct_y_placeholders, strict=True):
             env[node] = tensor.value(name)
-            if node in self.nodes:
-                loads.append(f"{name} = {tensor.load(mask, in_range=in_range)}")
         emitter = Emitter(self.names.copy(), env)
         emitter.emit(self.nodes, [r for r in self.results if r is not None])
         for tensor, result in zip(self.grad_xs, self.x_results, strict=True):
@@ -358,7 +369,7 @@ class _Backward(_Kernel):
             result = self.ct_results[i]
             value = _zero(self.recurrence.carries[i].dtype) if result is None else emitter.env[result]
             updates.append((self.cts[i], _only(in_range, value, self.cts[i])))
-        return loads + [str(s) for s in _update(emitter.statements, updates)]
+        return [str(s) for s in _update(emitter.statements, updates)]
 
 
 # -------------------------------------------------------------------------------------------------------------- pieces
@@ -434,8 +445,9 @@ def _free(names: Names, name: str, suffix: str) -> str:
     return f"{name}_{suffix}" if identifier(name) in names.taken else name
 
 
-def _with_position(position: list[str], lines: list[str]) -> list[str]:
-    return (position if _mentions("\n".join(lines), "t") else []) + lines
+def _with_position(definition: str, lines: list[str]) -> list[str]:
+    """`lines`, after the definition of a name if they use it."""
+    return ([definition] if _mentions("\n".join(lines), definition.split(" = ")[0]) else []) + lines
 
 
 def _indent(lines: Iterable[str]) -> list[str]:

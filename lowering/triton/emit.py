@@ -110,11 +110,9 @@ class Emitter:
         dtype = node.meta["val"].dtype
         if name in CONSTANTS:
             return number(CONSTANTS[name](node), dtype)  # type: ignore[arg-type]
-        expression = TABLE[name].triton
         given = operand_nodes(node)
         wanted = _operand_dtypes(node, given)
-        fields = [f"{{{i}}}" for i in range(len(given))]
-        template = expression if isinstance(expression, str) else expression(fields, node)
+        template = _template(node, given)
         operands = self._operands(node, template, given, wanted)
         text = fill(template, operands)
         common = wanted[-1]
@@ -134,6 +132,8 @@ class Emitter:
         op = overload_name(node.target).split(".")[0]
         values = [self.env[o] if isinstance(o, fx.Node) else None for o in given]
         arithmetic = "tl." not in template and "libdevice." not in template
+        # Triton compares with a literal as with an argument of a function: in fp32
+        arithmetic = arithmetic and not (wanted[-1] == torch.float64 and node.meta["val"].dtype == torch.bool)
         typed = any(v is not None and v.number is None and d == wanted[-1] for v, d in zip(values, wanted, strict=True))
         operands = []
         for value, operand, dtype in zip(values, given, wanted, strict=True):
@@ -150,6 +150,12 @@ class Emitter:
             else:
                 operands.append(convert(value, dtype))
         return operands
+
+
+def _template(node: fx.Node, given: Sequence[object]) -> str:
+    """The op's expression, with ``{i}`` for its operands."""
+    expression = TABLE[overload_name(node.target)].triton
+    return expression if isinstance(expression, str) else expression([f"{{{i}}}" for i in range(len(given))], node)
 
 
 def number(value: Number, dtype: torch.dtype, *, arithmetic: bool = False) -> Value:
@@ -260,10 +266,11 @@ def _count_users(nodes: Sequence[fx.Node], results: Iterable[fx.Node]) -> dict[f
     """How often the text of each node would appear, were it written where it is used."""
     count = dict.fromkeys(nodes, 0)
     for node in nodes:
-        given = inputs(node)
-        expression = TABLE[overload_name(node.target)].triton if given else ""
-        template = expression if isinstance(expression, str) else expression([f"{{{i}}}" for i in range(9)], node)
-        for i, operand in enumerate(operand_nodes(node) if given else ()):
+        if not inputs(node):
+            continue
+        given = operand_nodes(node)
+        template = _template(node, given)
+        for i, operand in enumerate(given):
             if isinstance(operand, fx.Node) and operand in count:
                 count[operand] += template.count(f"{{{i}}}")
     for result in results:

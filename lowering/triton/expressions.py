@@ -147,7 +147,10 @@ def logical_not(operands: list[str], node: fx.Node) -> str:
 
 
 def bitwise_not(operands: list[str], node: fx.Node) -> str:
-    return f"{operands[0]} == 0" if node.meta["val"].dtype == torch.bool else f"~{operands[0]}"
+    dtype = node.meta["val"].dtype
+    if dtype == torch.bool:
+        return f"{operands[0]} == 0"
+    return f"{operands[0]} ^ 255" if dtype == torch.uint8 else f"~{operands[0]}"
 
 
 def heaviside(operands: list[str], node: fx.Node) -> str:
@@ -176,7 +179,7 @@ def power(operands: list[str], node: fx.Node) -> str:
     dtype = node.meta["val"].dtype
     special = exponent if isinstance(exponent, (int, float)) and isinstance(node.args[0], fx.Node) else None
     if special == 0:
-        return literal(1, _dtype(node))
+        return f"tl.full((), 1, {TRITON_DTYPES[_dtype(node)]})"
     if special == 1:
         return base
     if special in (2, 3, -2):

@@ -1,6 +1,7 @@
 """How many lanes, warps and steps a kernel takes at once. Deterministic; never measured at run time.
 
-A kernel streams tensors once, so what matters is wide accesses and enough of them in flight.
+A kernel streams tensors once, so what matters is wide accesses and enough of them in flight: wide programs with few
+registers in the forward pass; in the backward pass, segments whose loads are issued together.
 """
 
 from __future__ import annotations
@@ -9,24 +10,31 @@ from collections.abc import Sequence
 
 import torch
 
-#: 32-bit registers a thread may spend on the values that a segment keeps for all its steps.
-_SEGMENT_REGISTERS = 64
-_SEGMENT_LENGTHS = (16, 8, 4, 2)
+#: 32-bit registers a thread may spend on the values that a segment holds for all its steps. It spends about as many
+#: again on what the two passes over a segment share: with 80, a LIF neuron takes 114 on sm_90, so 512 threads fit.
+_SEGMENT_REGISTERS = 80
+#: A segment costs one store and one load of every state, so shorter ones are not worth having.
+_SEGMENT_LENGTHS = (16, 8, 4)
 
 #: Below this many lanes small programs spread over more of the device.
 _FEW_LANES = 1 << 17
 
 
-def lanes_per_thread(dtypes: Sequence[torch.dtype], *, segmented: bool) -> int:
-    """Accesses of the widest dtype become 128 bits wide; the registers of a segment allow no more than four lanes."""
-    widest = max((d.itemsize for d in dtypes), default=4)
-    return min(16 // widest, 4 if segmented else 8)
+def lanes_and_steps(accessed: Sequence[torch.dtype], kept: Sequence[torch.dtype]) -> tuple[int, int]:
+    """Lanes of a thread, such that accesses of the widest dtype are 128 bits wide, and steps of a segment.
 
-
-def segment_length(kept: Sequence[torch.dtype], lanes: int) -> int:
-    """Steps of a segment, from what it keeps in registers for every lane and step."""
-    registers = lanes * sum(max(1, d.itemsize // 4) for d in kept)
-    return next((k for k in _SEGMENT_LENGTHS if k * registers <= _SEGMENT_REGISTERS), _SEGMENT_LENGTHS[-1])
+    No access is wider than a thread's lanes, so a lane belongs to one thread throughout: what it leaves in scratch
+    memory it reads itself. Where a segment keeps too much in registers, the thread takes fewer lanes.
+    """
+    lanes = min(16 // max((d.itemsize for d in accessed), default=4), 4 if kept else 8)
+    words = sum(max(1, d.itemsize // 4) for d in kept)
+    while True:
+        fitting = [k for k in _SEGMENT_LENGTHS if k * words * lanes <= _SEGMENT_REGISTERS]
+        if fitting:
+            return lanes, fitting[0]
+        if lanes == 1:
+            return lanes, _SEGMENT_LENGTHS[-1]
+        lanes //= 2
 
 
 def warps(n: int) -> int:

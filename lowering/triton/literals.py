@@ -31,7 +31,9 @@ Number = int | float | bool
 
 def round_to(value: Number, dtype: torch.dtype) -> Number:
     """The value as eager has it after a conversion to `dtype`; integers wrap."""
-    return torch.tensor(value).to(torch.float64 if dtype.is_floating_point else torch.int64).to(dtype).item()
+    if dtype.is_floating_point:
+        return torch.tensor(value, dtype=torch.float64).to(dtype).item()
+    return torch.tensor(value).to(torch.int64).to(dtype).item()
 
 
 def literal(value: Number, dtype: torch.dtype, *, arithmetic: bool = False) -> str:

@@ -7,9 +7,11 @@ and with it the exactness of the forward pass.
 from __future__ import annotations
 
 import importlib.util
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +22,7 @@ from snn_compile.ir.recurrence import Recurrence
 from snn_compile.lowering.launch import Direction, Kernel
 from snn_compile.lowering.layout import Layout, Placement
 from snn_compile.lowering.triton.codegen import KernelText, generate
-from snn_compile.lowering.triton.heuristics import lanes_per_thread, segment_length, warps
+from snn_compile.lowering.triton.heuristics import lanes_and_steps, warps
 from snn_compile.lowering.triton.load import load_module
 from snn_compile.lowering.triton.memory import Argument
 
@@ -86,6 +88,18 @@ class _Function:
         return triton.jit(self._python, do_not_specialize=unspecialized)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One call of a kernel, ready to go."""
+
+    function: Any
+    programs: int
+    values: list[Tensor | int]
+    #: compile-time arguments, and how to compile
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+
 class _Launcher:
     """Fills in the run-time arguments of a call."""
 
@@ -93,27 +107,28 @@ class _Launcher:
         self.text, self.function = text, function
 
     def __call__(self, tensors: Sequence[Tensor], placement: Placement, steps: int) -> None:
-        import triton
+        device = tensors[0].device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            call = self.prepare(tensors, placement, steps)
+            call.function[(call.programs,)](*call.values, **call.constants, **call.options)
+
+    def prepare(self, tensors: Sequence[Tensor], placement: Placement, steps: int) -> Launch:
         import triton.language as tl
 
-        text, device = self.text, tensors[0].device
-        n = 1
-        for size in placement.sizes:
-            n *= size
-        lanes = lanes_per_thread(text.streamed, segmented=text.segmented)
-        options: dict[str, Any] = {"num_warps": warps(n), **exactness_options()}
+        text, device, n = self.text, tensors[0].device, math.prod(placement.sizes)
+        lanes, segment = lanes_and_steps(text.accessed, text.kept)
+        options: dict[str, Any] = {"num_warps": warps(n), **compile_options()}
         block = lanes * options["num_warps"] * warp_size(device)
         constants: dict[str, Any] = {"BLOCK": block, "INDEX": tl.int64 if n > _INT32_LANES - block else tl.int32}
         segments = 0
         if text.segmented:
-            constants["SEGMENT"] = segment_length(text.kept, lanes)
-            segments = -(-steps // constants["SEGMENT"])
+            constants["SEGMENT"] = segment
+            segments = -(-steps // segment)
         scratch = [torch.empty(max(segments - 1, 0) * n, dtype=d, device=device) for d in text.scratch]
         values = [_argument(a, tensors, scratch, placement, steps, n) for a in text.arguments]
         aligned = all(_is_aligned(v) for a, v in zip(text.arguments, values, strict=True) if a.aligned)
-        kernel = self.function.aligned if aligned else self.function.general
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            kernel[(triton.cdiv(n, block),)](*values, **constants, **options)
+        function = self.function.aligned if aligned else self.function.general
+        return Launch(function, -(-n // block), values, constants, options)
 
 
 def _argument(
@@ -140,15 +155,17 @@ def _is_aligned(value: Tensor | int) -> bool:
     return (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0
 
 
-def exactness_options(hip: bool | None = None) -> dict[str, bool]:
+def compile_options(hip: bool | None = None) -> dict[str, Any]:
     """No contraction, and denormals kept inside of the mathematical functions: both as in eager's kernels."""
     hip = torch.version.hip is not None if hip is None else hip
-    options = {"enable_fp_fusion": False}
+    options: dict[str, Any] = {"enable_fp_fusion": False}
     if not hip:
         from triton.backends.nvidia.compiler import CUDAOptions
 
         if hasattr(CUDAOptions, "enable_reflect_ftz"):
             options["enable_reflect_ftz"] = False
+        if hasattr(CUDAOptions, "maxnreg"):
+            options["maxnreg"] = 255  # else ptxas may spill to fit one more block
     return options
 
 

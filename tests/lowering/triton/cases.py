@@ -101,7 +101,7 @@ CASES: dict[str, Case] = {
     "synaptic": Case(synaptic, (_state("i"), _state("v")), X, (), ("s", "h")),
     "refractory": Case(
         refractory,
-        (_state("v"), _state("resting", torch.bool, grad=False), _state("count", torch.int32, grad=False)),
+        (_state("v"), _state("resting", torch.bool, grad=False), _state("count", torch.int64, grad=False)),
         X,
     ),
     "delayed": Case(delayed, (_state("a"), _state("b"), _state("v")), X, (), ("y",)),

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -46,12 +47,13 @@ def complete_interpreter() -> None:
         if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
             rounded = torch.from_numpy(source.data).to(torch.bfloat16).view(torch.uint16)
             return TensorHandle(rounded.numpy(), target.scalar)
+        if source.dtype.scalar == tl.bfloat16 and target.scalar == tl.float32:
+            wide = source.data.astype(np.uint32) << 16
+            return TensorHandle(wide.view(np.float32), target.scalar)
         return cast(self, source, target)
 
     def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
-        wide = np.longdouble if z.data.dtype == np.float64 else np.float64  # the product is exact in fp64 for fp32
-        value = x.data.astype(wide) * y.data.astype(wide) + z.data.astype(wide)
-        return TensorHandle(value.astype(z.data.dtype), z.dtype.scalar)
+        return TensorHandle(_fused(x.data, y.data, z.data), z.dtype.scalar)
 
     InterpreterBuilder.cast_impl = cast_to_nearest
     InterpreterBuilder.create_fma = fma
@@ -59,6 +61,23 @@ def complete_interpreter() -> None:
     names = ("exp", "expm1", "log", "log1p", "tanh", "sin", "cos", "atan", "erf", "erfc", "rsqrt", "trunc", "pow")
     for name, function in [(n, getattr(torch, n)) for n in names] + [("rint", torch.round)]:
         setattr(libdevice, name, _elementwise(function))
+
+
+def _fused(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """``x * y + z`` with one rounding."""
+    if z.dtype == np.float64:
+        exact = np.frompyfunc(lambda a, b, c: float(Fraction(a) * Fraction(b) + Fraction(c)), 3, 1)
+        finite = np.isfinite(x) & np.isfinite(y) & np.isfinite(z)
+        safe = [np.where(finite, v, 0.0) for v in (x, y, z)]
+        return np.where(finite & (x * y + z != 0), exact(*safe).astype(np.float64), x * y + z)
+    product, addend = x.astype(np.float64) * y.astype(np.float64), z.astype(np.float64)  # the product is exact
+    total = product + addend
+    part = total - product
+    error = (product - (total - part)) + (addend - part)
+    # round to odd, so that the second rounding is the only one
+    inexact = (error != 0) & np.isfinite(error) & (np.frexp(total)[0] * 2.0**52 % 1 == 0)
+    total = np.where(inexact, np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total)
+    return total.astype(z.dtype)
 
 
 def _elementwise(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:

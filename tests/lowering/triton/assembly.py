@@ -1,0 +1,83 @@
+"""Compile a kernel for a device that is not here, and read registers, spills and access widths from the result."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from snn_compile.lowering.triton.codegen import KernelText
+from snn_compile.lowering.triton.heuristics import lanes_and_steps
+from snn_compile.lowering.triton.load import load_module
+from snn_compile.lowering.triton.target import compile_options
+
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.bool: "*i1",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+DEVICES = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+
+
+@dataclass(frozen=True)
+class Assembly:
+    text: str
+    #: Triton's own representation, with the layouts of values over threads
+    ttgir: str
+    registers: int
+    spills: int
+
+
+def compile_for(device: str, text: KernelText, *, aligned: bool = True, warps: int = 4) -> Assembly:
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    target = GPUTarget(*DEVICES[device])
+    function = getattr(load_module(text.source), text.name)
+    signature: dict[str, str] = {}
+    for argument in text.arguments:
+        int_type = "i64" if argument.kind in ("N", "stride", "time_stride") else "i32"
+        signature[argument.name] = TYPES[argument.dtype] if argument.dtype is not None else int_type
+    lanes, segment = lanes_and_steps(text.accessed, text.kept)
+    constants: dict[str, Any] = {"BLOCK": lanes * warps * target.warp_size, "INDEX": tl.int32}
+    if text.segmented:
+        constants["SEGMENT"] = segment
+    signature |= dict.fromkeys(constants, "constexpr")
+    divisible = [["tt.divisibility", 16]]
+    attributes = {(i,): divisible for i, a in enumerate(text.arguments) if aligned and a.aligned}
+    options = {"num_warps": warps, **compile_options(hip=target.backend == "hip")}
+    compiled = triton.compile(ASTSource(function, signature, constants, attributes), target=target, options=options)
+    return _read_cuda(compiled) if target.backend == "cuda" else _read_hip(compiled)
+
+
+def _read_cuda(compiled: Any) -> Assembly:
+    import triton
+
+    cuobjdump = Path(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    use = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    return Assembly(compiled.asm["ptx"], compiled.asm["ttgir"], int(use["REG"]), int(use["STACK"]) + int(use["LOCAL"]))
+
+
+def _read_hip(compiled: Any) -> Assembly:
+    text = compiled.asm["amdgcn"]
+    use = dict(
+        re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size):\s*(\d+)", text)
+    )
+    spills = sum(int(use[k]) for k in ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"))
+    return Assembly(text, compiled.asm["ttgir"], int(use["vgpr_count"]), spills)
