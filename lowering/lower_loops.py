@@ -16,11 +16,13 @@ from snn_compile.ir.recurrence import Carry, Const, Output, Recurrence, TimeSeri
 from snn_compile.ir.values import example, shape_hint
 from snn_compile.lowering import ops
 from snn_compile.lowering.registration import TargetFor, register
+from snn_compile.passes.hoist_creations import inline_creations
 from snn_compile.passes.trace_step import StepInterpreter, trace_step
 
 
 def make_recurrence(call: fx.Node, loop: Loop, grad_enabled: bool) -> Recurrence:
     """Trace and differentiate the loop's body; raises `Reject` where it cannot be a kernel."""
+    _inline_constants(call, loop)
     inits, xs, consts = loop.split(call.args)
 
     def needs_grad(node: object) -> bool:
@@ -78,6 +80,21 @@ def lower_loop(gm: fx.GraphModule, call: fx.Node, loop: Loop, recurrence: Recurr
     graph.erase_node(call)
     delattr(gm, str(call.target))
     return new
+
+
+def _inline_constants(call: fx.Node, loop: Loop) -> None:
+    """Tensors of one number are not read from memory."""
+    placeholders = loop.placeholders()
+    first = len(loop.carries) + len(loop.xs)
+    operands = dict(zip(placeholders, call.args, strict=True))
+    carried = {p: None for p in placeholders[: len(loop.carries)]}
+    for placeholder in inline_creations(loop.body, {**carried, **{p: operands[p] for p in placeholders[first:]}}):
+        at = placeholders.index(placeholder)
+        loop.body.graph.erase_node(placeholder)
+        del loop.consts[at - first]
+        del placeholders[at]
+        call.args = (*call.args[:at], *call.args[at + 1 :])
+    loop.body.recompile()
 
 
 def _runner(loop: Loop):  # type: ignore[no-untyped-def]

@@ -23,6 +23,7 @@ from snn_compile.passes.classify import classify
 from snn_compile.passes.distribute import distribute, find_groups
 from snn_compile.passes.functionalize import functionalize
 from snn_compile.passes.hoist import find_invariant, hoist
+from snn_compile.passes.hoist_creations import hoist_creations
 from snn_compile.passes.reroll import reroll
 from snn_compile.passes.specialize import drop_unread_sizes, specialize_floats
 from snn_compile.passes.unroll import restore_writes, unroll
@@ -33,6 +34,7 @@ log = logging.getLogger("snn_compile")
 PASSES = (
     ("specialize", "module floats that dynamic=True made symbolic become numbers again, with a guard"),
     ("functionalize", "writes into loop-local tensors become values"),
+    ("hoist_creations", "constant tensors are made once, before everything else"),
     ("reroll", "T equal iterations become one Loop"),
     ("hoist", "loop-invariant work runs once"),
     ("distribute", "strongly connected components become recurrences; pointwise neighbours join them"),
@@ -82,6 +84,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     specialize_floats(work)
     drop_unread_sizes(work)
     functionalize(work)
+    hoist_creations(work)
     dump(work, "1_functionalize")
     loops, rejections = reroll(work, lambda loop: _why_not(loop, report), config.min_steps)
     report.loops, report.rejections = loops, report.rejections + rejections

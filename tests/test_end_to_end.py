@@ -1,0 +1,187 @@
+"""`torch.compile(..., backend="snn")` as a user calls it: Dynamo, the pipeline, Inductor, the C++ compiler."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+from snn_compile.backend import snn
+from snn_compile.lowering.cpp import compiler
+from tests import zoo
+
+pytestmark = pytest.mark.skipif(compiler.missing() is not None, reason="no C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+
+
+class Neuron(nn.Module):
+    """Linear, then a parametric LIF over time."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(7, 5)
+        self.tau = 2.0
+        self.w = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x):
+        y = self.linear(x)
+        v, out = torch.zeros_like(y[0]), []
+        for t in range(y.shape[0]):
+            v = v + (y[t] - v) / self.tau * self.w.sigmoid()
+            s = zoo.Sigmoid.apply(v - 0.2, 4.0)
+            v = v * (1 - s)
+            out.append(s)
+        return torch.stack(out)
+
+
+class PerStepNet(nn.Module):
+    """The tutorial form: layers and neurons inside one loop over time."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4 * 4 * 4, 10)
+
+    def forward(self, x):
+        v, u, out = None, None, []
+        for t in range(x.shape[0]):
+            y = F.max_pool2d(self.norm(self.conv(x[t])), 2)
+            v = torch.zeros_like(y) if v is None else v
+            v = v * 0.5 + y
+            s = zoo.Sigmoid.apply(v - 0.5, 4.0)
+            v = v * (1 - s)
+            y = self.fc(s.flatten(1))
+            u = torch.zeros_like(y) if u is None else u
+            u = u * 0.9 + y
+            out.append(u)
+        return torch.stack(out)
+
+
+def train_once(function, module, x):
+    for p in module.parameters():
+        p.grad = None
+    y = function(x)
+    (y.float() * torch.linspace(0.5, 1.0, y.numel()).view(y.shape)).sum().backward()
+    return y.detach(), [p.grad.clone() for p in module.parameters()], [b.clone() for b in module.buffers()]
+
+
+def check_module(module, compiled, x, context=contextlib.nullcontext):
+    """Forward bit for bit, gradients to rounding, buffers equal."""
+    with context():
+        expected = train_once(module, module, x)
+        got = train_once(compiled, module, x)
+    assert torch.equal(expected[0], got[0])
+    assert expected[0].float().std() > 0  # some neurons fire and some do not
+    for a, b in zip(expected[1], got[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max() + 1e-6))
+
+
+X = (9, 6, 7)
+
+
+@pytest.mark.parametrize("options", [{}, {"dynamic": True}, {"fullgraph": True}], ids=str)
+def test_module(options):
+    module = Neuron()
+    check_module(module, torch.compile(module, backend=snn, **options), torch.randn(X) * 2)
+    assert counters["snn_compile"]["recurrences_lowered"] >= 1
+
+
+def test_modes_and_inductor_options():
+    module = Neuron()
+    compiled = torch.compile(module, backend=snn, options={"max_autotune": False, "strict": True})
+    check_module(module, compiled, torch.randn(X) * 2)
+
+
+def test_autocast():
+    """bf16 layers; the neuron's spikes are equal, gradients agree to bf16."""
+    module = Neuron()
+    x = torch.randn(X) * 2
+    compiled = torch.compile(module, backend=snn)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = train_once(module, module, x)
+        got = train_once(compiled, module, x)
+    assert expected[0].dtype == torch.bfloat16 and torch.equal(expected[0], got[0])
+    assert counters["snn_compile"]["recurrences_lowered"] == 1
+    for a, b in zip(expected[1], got[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-6 * float(a.abs().max()))
+
+
+def test_checkpoint():
+    module = Neuron()
+    compiled = torch.compile(lambda x: checkpoint(module, x, use_reentrant=False), backend=snn)
+    check_module(module, compiled, torch.randn(X) * 2)
+    assert counters["snn_compile"]["recurrences_lowered"] == 1
+
+
+def test_hooks():
+    module = Neuron()
+    module.linear.register_forward_hook(lambda mod, args, out: out * 1.5)
+    check_module(module, torch.compile(module, backend=snn), torch.randn(X) * 2)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_inference(mode):
+    x = torch.randn(X) * 2
+    with mode():
+        assert torch.equal(torch.compile(zoo.lif, backend=snn)(x), zoo.lif(x))
+    assert counters["snn_compile"]["recurrences_lowered"] == 1
+
+
+def test_a_new_length_or_batch_compiles_no_kernel(monkeypatch):
+    """T and N are run-time arguments."""
+    compiled = torch.compile(zoo.lif, backend=snn)
+    x = torch.randn(4, 5, 6, requires_grad=True)
+    compiled(x).sum().backward()
+    monkeypatch.setattr(compiler, "load", lambda *a, **k: pytest.fail("a kernel was compiled"))
+    for shape in ((7, 5, 6), (4, 11, 6), (16, 3, 100), (5, 64)):
+        x = torch.randn(shape).mul(2).requires_grad_()
+        y = compiled(x)
+        y.sum().backward()
+        assert torch.equal(y, zoo.lif(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_per_step_net(training):
+    """Layers run once over all steps; batch norm in training keeps its per-step statistics and counters."""
+    module = PerStepNet().train(training)
+    twin = copy.deepcopy(module)
+    x = torch.randn(6, 4, 2, 8, 8)
+    expected = train_once(module, module, x)
+    got = train_once(torch.compile(twin, backend=snn), twin, x)
+    assert counters["snn_compile"]["ops_time_batched"] >= (2 if training else 5)
+    torch.testing.assert_close(expected[0], got[0], rtol=1e-4, atol=1e-5)
+    for a, b in zip(expected[1], got[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(expected[1][0].abs().max() + 1))
+    for a, b in zip(expected[2], got[2], strict=True):
+        torch.testing.assert_close(a, b)
+    if training:
+        assert int(module.norm.num_batches_tracked) == int(twin.norm.num_batches_tracked) == 6
+
+
+def test_batched_layers_are_one_op():
+    """The graph holds one large convolution and one large matmul."""
+    graphs = []
+
+    def spy(gm, inputs, **_):
+        from snn_compile.config import Config
+        from snn_compile.pipeline import run_pipeline
+
+        graphs.append(run_pipeline(gm, Config())[0])
+        return graphs[-1].forward
+
+    torch.compile(PerStepNet().eval(), backend=spy)(torch.randn(6, 4, 2, 8, 8))
+    targets = [n.target for n in graphs[0].graph.nodes]
+    assert targets.count(torch.conv2d) == 1
+    assert targets.count(F.linear) == 1
