@@ -1,0 +1,59 @@
+"""The text of a recurrence's kernels without running them, for `explain`, the dump and the logs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from snn_compile.ir.recurrence import Recurrence
+from snn_compile.lowering import targets
+from snn_compile.lowering.launch import Direction, Kernel, Target, run_backward, run_forward
+from snn_compile.lowering.layout import Layout, Placement
+
+
+class _Recorder:
+    """A target that notes what it is asked for."""
+
+    def __init__(self, target: Target) -> None:
+        self.target, self.name = target, target.name
+        self.texts: list[tuple[Direction, str]] = []
+
+    def missing(self) -> str | None:
+        return None
+
+    def source(self, recurrence: Recurrence, direction: Direction, layout: Layout) -> str:
+        return self.target.source(recurrence, direction, layout)
+
+    def kernel(self, recurrence: Recurrence, direction: Direction, layout: Layout) -> Kernel:
+        self.texts.append((direction, self.target.source(recurrence, direction, layout)))
+        return _skip
+
+
+def _skip(tensors: Sequence[Tensor], placement: Placement, steps: int) -> None:
+    pass
+
+
+def kernel_texts(recurrence: Recurrence, operands: Sequence[Tensor], steps: int) -> list[tuple[Direction, str]]:
+    """``[(direction, source)]`` for operands laid out like `operands`, whose values do not matter."""
+    device = operands[0].device
+    meta = [torch.empty_strided(_sizes(o), _strides(o), dtype=o.dtype, device="meta") for o in operands]
+    recorder = _Recorder(targets.for_device(device))
+    # a copy: a recurrence remembers its compiled kernels
+    plain = Recurrence(**{**vars(recurrence), **({"kernels": {}} if hasattr(recurrence, "kernels") else {})})
+    with torch.no_grad():
+        results = run_forward(plain, recorder, meta, steps)
+        if plain.backward is not None:
+            flags = [y.differentiable for y in plain.ys] + [c.differentiable for c in plain.finals]
+            cotangents = [r for r, d in zip(results, flags, strict=True) if d]
+            run_backward(plain, recorder, meta, cotangents, steps)
+    return recorder.texts
+
+
+def _sizes(tensor: Tensor) -> list[int]:
+    return [s if isinstance(s, int) else int(s.node.hint) for s in tensor.shape]
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    return [s if isinstance(s, int) else int(s.node.hint) for s in tensor.stride()]
