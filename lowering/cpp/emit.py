@@ -34,7 +34,7 @@ _NAMES_OF_OPS = words("""
     tanh sigmoid and or invert and_ or_ relu sqrt detach iadd isub imul itruediv radd rmul rtruediv value getitem
 """)
 
-_LONGEST = 88
+_LONGEST = 56
 #: How tightly the infix operators bind.
 _PRECEDENCE = {"*": 5, "/": 5, "+": 4, "-": 4, "<": 3, ">": 3, "<=": 3, ">=": 3, "==": 2, "!=": 2}
 
@@ -60,6 +60,8 @@ class Emitter:
     names: Names
     values: dict[fx.Node, Text] = field(default_factory=dict)
     helpers: set[str] = field(default_factory=set)
+    #: computed once a kernel: eager's scalar loop, which takes a single element, calls libm and not Sleef
+    is_scalar: bool = False
 
     def statements(self, nodes: Iterable[fx.Node], kept: Iterable[fx.Node]) -> list[str]:
         """Compute `nodes`; those in `kept` get a name whatever they are."""
@@ -90,14 +92,25 @@ class Emitter:
             keeps = row.keeps_numbers and i == 1
             operands.append(self._operand(operand, torch.bool if is_condition else promoted_dtype(node), keeps))
         code, operator = _combine(row, operands, node)
-        for helper in row.cpp_helpers:
-            if f"{helper}(" in code:
-                self.helpers.add(helper if helper == "integer_power" else f"{helper}.{HELD[compute]}")
+        code = self._with_helpers(row, code, compute)
         if name != "_to_copy.default" and HELD[compute] != HELD[result] and result != torch.bool:
             code, operator = f"{HELD[result]}({code})", ""
         if result in HALVES:
             code, operator = self._rounded(code, result), ""
         return Text(code, result, operator)
+
+    def _with_helpers(self, row: PointwiseOp, code: str, compute: torch.dtype) -> str:
+        for helper in row.cpp_helpers:
+            if f"{helper}(" not in code:
+                continue
+            if self.is_scalar and helper == "sigmoid":
+                code, helper = code.replace("sigmoid(", "sigmoid_of_one("), "sigmoid_of_one"
+            elif self.is_scalar and helper != "integer_power":
+                suffix = "f" if compute == torch.float32 else ""
+                code = code.replace(f"{helper}(", f"__builtin_{helper[1:]}{suffix}(")
+                continue
+            self.helpers.add(helper if helper == "integer_power" else f"{helper}.{HELD[compute]}")
+        return code
 
     def _operand(self, operand: object, dtype: torch.dtype, keeps_numbers: bool) -> Text:
         """Converted to the promoted dtype, as eager does before it widens bf16 and fp16 to compute."""

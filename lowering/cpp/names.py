@@ -25,7 +25,7 @@ _OURS = words("""
     steps t lane lanes first size block blocks block_lanes rows row first_row end_row block_rows row_blocks
     lane_blocks at end capacity threads thread streaming stream scratch scratch_bytes here visit replays segment
     segments begin stop number LANES min max exp log sin cos tanh erf erfc pow atan expm1 log1p sigmoid
-    integer_power vexp vexpm1 vlog vlog1p vtanh vsin vcos vatan verf verfc vpow
+    integer_power vexp vexpm1 vlog vlog1p vtanh sigmoid_of_one vsin vcos vatan verf verfc vpow
 """)
 
 RESERVED = _KEYWORDS | _OURS

@@ -144,6 +144,12 @@ static inline int64_t integer_power(int64_t base, int64_t exponent) {
     "fp16": Helper(_FP16),
     **{f"v{name}.{real}": _transcendental(name, real) for name in _SLEEF for real in ("float", "double")},
     **{f"sigmoid.{real}": _sigmoid(real) for real in ("float", "double")},
+    **{
+        f"sigmoid_of_one.{real}": Helper(f"""
+static inline {real} sigmoid_of_one({real} x) {{ return 1 / (1 + __builtin_exp{f}(-x)); }}
+""")
+        for real, f in (("float", "f"), ("double", ""))
+    },
 }
 
 

@@ -110,7 +110,7 @@ class Region:
 
     def emit_kernel_values(self) -> None:
         """At the top of the function: numbers and dimensionless tensors."""
-        emitter = Emitter(self.invariants.names, self.kernel_values, self.writer.helpers)
+        emitter = Emitter(self.invariants.names, self.kernel_values, self.writer.helpers, is_scalar=True)
         for node in self.kernel_nodes:
             if self.level[node] != KERNEL:
                 continue

@@ -24,7 +24,7 @@ class CppTarget:
     name = "cpp"
 
     def __init__(self) -> None:
-        self._kernels: dict[str, Kernel] = {}
+        self._kernels: dict[KernelSource, Kernel] = {}
         self._lock = threading.Lock()
 
     def missing(self) -> str | None:
@@ -36,9 +36,9 @@ class CppTarget:
     def kernel(self, recurrence: Recurrence, direction: Direction, layout: Layout) -> Kernel:
         source = generate(recurrence, direction, layout)
         with self._lock:
-            kernel = self._kernels.get(source.text)
+            kernel = self._kernels.get(source)
             if kernel is None:
-                kernel = self._kernels[source.text] = _CompiledKernel(source)
+                kernel = self._kernels[source] = _CompiledKernel(source)
         return kernel
 
 
@@ -55,7 +55,7 @@ class _CompiledKernel:
 
     def __call__(self, tensors: Sequence[Tensor], placement: Placement, steps: int) -> None:
         now = plan(self.source, placement.sizes, steps, torch.get_num_threads())
-        scratch = torch.empty(now.threads * now.scratch_bytes, dtype=torch.uint8) if now.scratch_bytes else None
+        scratch = allocate_scratch(now.threads * now.scratch_bytes) if now.scratch_bytes else None
         arguments = [self._argument(p, tensors, placement, steps, now, scratch) for p in self.source.parameters]
         self._function(*arguments)
 
@@ -92,3 +92,7 @@ class _CompiledKernel:
     def _is_streaming(self, tensors: Sequence[Tensor], now: Plan) -> bool:
         total = sum(tensors[i].numel() * tensors[i].element_size() for i in self.source.streamed)
         return total >= STREAM_BYTES and now.block_lanes >= 256
+
+
+def allocate_scratch(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8)
