@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import fx
@@ -20,11 +21,11 @@ from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND as Kind
 from torch._prims_common import elementwise_dtypes
 
 from snn_compile.lowering.ops import CONSTANTS, TABLE, operand_nodes, opmath, overload_name
-from snn_compile.lowering.triton.literals import TRITON_DTYPES, Number, literal
+from snn_compile.lowering.triton.analysis import count_users, template_of
+from snn_compile.lowering.triton.literals import TRITON_DTYPES
+from snn_compile.lowering.triton.memory import as_block
 from snn_compile.lowering.triton.names import Names
-
-#: Rounding helpers of the generated modules, for the dtypes that live in fp32.
-ROUNDING = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+from snn_compile.lowering.triton.values import Value, convert, fill, number
 
 #: Eager hands a Python number to these in the computation dtype (opmath), to all others in the promoted dtype.
 _OPMATH_SCALARS = {"add", "sub", "rsub", "mul", "div"}
@@ -33,25 +34,6 @@ _EXACT_IN_DTYPE = {"neg", "abs", "sign", "sgn", "relu", "maximum", "minimum", "w
 _EXACT_IN_DTYPE |= {"floor", "ceil", "trunc", "round"}
 
 _LONGEST_EXPRESSION = 40
-
-
-@dataclass(frozen=True)
-class Value:
-    """What a node is in the generated code."""
-
-    text: str
-    #: as eager has it; in registers it is `opmath(dtype)`
-    dtype: torch.dtype
-    #: one element a lane (else one for all)
-    block: bool = True
-    #: a Python number
-    number: Number | None = None
-    #: names of variables in the text
-    uses: frozenset[str] = frozenset()
-
-    @staticmethod
-    def variable(name: str, dtype: torch.dtype, *, block: bool = True) -> Value:
-        return Value(name, dtype, block, uses=frozenset({name}))
 
 
 @dataclass(frozen=True)
@@ -80,7 +62,7 @@ class Emitter:
     def emit(self, nodes: Sequence[fx.Node], results: Iterable[fx.Node], *, named: bool = False) -> None:
         """`nodes`: in topological order, all that `results` need and `env` lacks; `named`: each result gets a line."""
         results = list(results)
-        users = _count_users(nodes, results)
+        users = count_users(nodes, results)
         for node in nodes:
             if node in self.env:
                 continue
@@ -112,7 +94,7 @@ class Emitter:
             return number(CONSTANTS[name](node), dtype)  # type: ignore[arg-type]
         given = operand_nodes(node)
         wanted = _operand_dtypes(node, given)
-        template = _template(node, given)
+        template = template_of(node, given)
         operands = self._operands(node, template, given, wanted)
         text = fill(template, operands)
         common = wanted[-1]
@@ -152,20 +134,6 @@ class Emitter:
         return operands
 
 
-def _template(node: fx.Node, given: Sequence[object]) -> str:
-    """The op's expression, with ``{i}`` for its operands."""
-    expression = TABLE[overload_name(node.target)].triton
-    return expression if isinstance(expression, str) else expression([f"{{{i}}}" for i in range(len(given))], node)
-
-
-def number(value: Number, dtype: torch.dtype, *, arithmetic: bool = False) -> Value:
-    """A literal: rounded to `dtype`, spelled in the dtype of registers."""
-    if dtype in ROUNDING:
-        value = torch.tensor(value, dtype=torch.float64).to(dtype).item()
-    text = literal(value, opmath(dtype), arithmetic=arithmetic)
-    return Value(text, dtype, block=False, number=value)
-
-
 def _operand_dtypes(node: fx.Node, given: list[object]) -> list[torch.dtype]:
     """To which dtype eager converts each operand, before widening for the computation; the promoted dtype is last."""
     row = TABLE[overload_name(node.target)]
@@ -176,107 +144,6 @@ def _operand_dtypes(node: fx.Node, given: list[object]) -> list[torch.dtype]:
     kind = Kind.DEFAULT if row.promotion == Kind.ALWAYS_BOOL else row.promotion
     _, common = elementwise_dtypes(*values, type_promotion_kind=kind)
     return [common] * len(given)
-
-
-def convert(value: Value, dtype: torch.dtype) -> Value:
-    """The value in `dtype`, as eager converts: once through every dtype that eager goes through."""
-    if value.dtype == dtype or (value.dtype in ROUNDING and dtype == opmath(value.dtype)):
-        return replace(value, dtype=dtype)
-    if value.number is not None:
-        return number(value.number, dtype)
-    source, target = opmath(value.dtype), opmath(dtype)
-    text = value.text
-    if source != target:
-        text = text if precedence(text) == _ATOM else f"({text})"
-        if source.is_floating_point and target == torch.uint8:
-            text += ".to(tl.int64)"  # c10::static_cast_with_inter_type
-        text = f"{text}.to({TRITON_DTYPES[target]})"
-    if dtype in ROUNDING and value.dtype != torch.bool:
-        text = f"{ROUNDING[dtype]}({text})"
-    return replace(value, text=text, dtype=dtype)
-
-
-def fill(template: str, operands: Sequence[Value]) -> str:
-    """`template` with the operands in place, in parentheses where they need some."""
-    outer = precedence(template)
-
-    def field(match: re.Match[str]) -> str:
-        text, inner = operands[int(match[1])].text, precedence(operands[int(match[1])].text)
-        before, after = template[: match.start()], template[match.end() :]
-        delimited = (not before or before.endswith(("(", ", "))) and (not after or after.startswith((")", ",")))
-        if delimited or inner == _ATOM:
-            return text
-        leftmost = not before and inner == outer and inner >= _SUM
-        return text if precedence(before + "x" + after) == outer < inner or leftmost else f"({text})"
-
-    return re.sub(r"\{(\d+)\}", field, template)
-
-
-_COMPARISON, _BITS, _SUM, _PRODUCT, _SIGN, _ATOM = range(6)
-_BINARY = {"*": _PRODUCT, "/": _PRODUCT, "//": _PRODUCT, "%": _PRODUCT, "+": _SUM, "-": _SUM} | dict.fromkeys(
-    "&|^", _BITS
-)
-
-
-def precedence(text: str) -> int:
-    """Of the operator that binds least among those outside of all parentheses."""
-    flat = text
-    while flat != (flat := re.sub(r"\([^()]*\)|\[[^\[\]]*\]", "", flat)):
-        pass
-    operators = re.findall(r" (\S+) ", flat)
-    sign = _SIGN if flat.startswith(("-", "~")) else _ATOM
-    return min([_BINARY.get(o, _COMPARISON) for o in operators], default=sign)
-
-
-# ----------------------------------------------------------------------------------------------------------- analysis
-
-
-def output_nodes(graph: fx.Graph) -> list[fx.Node | None]:
-    return list(next(iter(reversed(graph.nodes))).args[0])  # type: ignore[arg-type]
-
-
-def inputs(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose values the generated code of this node reads."""
-    if node.op != "call_function" or overload_name(node.target) in CONSTANTS:
-        return []
-    return [o for o in operand_nodes(node) if isinstance(o, fx.Node)]
-
-
-def needed(graph: fx.Graph, results: Iterable[fx.Node | None]) -> list[fx.Node]:
-    """All nodes that `results` depend on, themselves included, in order."""
-    wanted = {r for r in results if r is not None}
-    for node in reversed(graph.nodes):
-        if node in wanted:
-            wanted.update(inputs(node))
-    return [n for n in graph.nodes if n in wanted]
-
-
-def invariant(nodes: Iterable[fx.Node], consts: Iterable[fx.Node]) -> list[fx.Node]:
-    """The nodes among `nodes` that the time loop does not change: functions of `consts` alone."""
-    fixed = set(consts)
-    found = []
-    for node in nodes:
-        if node.op == "call_function" and all(i in fixed for i in inputs(node)):
-            fixed.add(node)
-            found.append(node)
-    return found
-
-
-def _count_users(nodes: Sequence[fx.Node], results: Iterable[fx.Node]) -> dict[fx.Node, int]:
-    """How often the text of each node would appear, were it written where it is used."""
-    count = dict.fromkeys(nodes, 0)
-    for node in nodes:
-        if not inputs(node):
-            continue
-        given = operand_nodes(node)
-        template = _template(node, given)
-        for i, operand in enumerate(given):
-            if isinstance(operand, fx.Node) and operand in count:
-                count[operand] += template.count(f"{{{i}}}")
-    for result in results:
-        if result in count:
-            count[result] += 1
-    return count
 
 
 def user_name(node: fx.Node) -> str:
@@ -297,3 +164,36 @@ _OPERATOR_NAMES = frozenset(
 def _op_name(node: fx.Node) -> str:
     name = overload_name(node.target).split(".")[0].strip("_")
     return {"to_copy": "converted", "where": "selected", "rsub": "sub"}.get(name, name)
+
+
+def update(statements: Sequence[Statement], updates: Sequence[tuple[str, Value]]) -> list[Statement]:
+    """`statements`, then all `updates` at once.
+
+    An update whose value has a line of its own, after which nothing reads the old value, happens in that line.
+    """
+    statements, pending = list(statements), [(name, value) for name, value in updates if value.text != name]
+    for name, value in list(pending):
+        at = next((i for i, s in enumerate(statements) if s.target == value.text and value.block), None)
+        if at is None:
+            continue
+        readers = [s.uses for s in statements[at + 1 :]] + [v.uses for n, v in pending if n != name]
+        if any(name in uses for uses in readers):
+            continue
+        statements[at] = replace(statements[at], target=name)
+        statements[at + 1 :] = [_rename(s, value.text, name) for s in statements[at + 1 :]]
+        pending = [(n, _rename(v, value.text, name)) for n, v in pending if n != name]
+    lines = [Statement(name, as_block(value), value.uses) for name, value in pending]
+    if any(s.target in later.uses for i, s in enumerate(lines) for later in lines[i + 1 :]):
+        together = ", ".join(s.target for s in lines), ", ".join(s.text for s in lines)
+        lines = [Statement(*together, frozenset().union(*(s.uses for s in lines)))]
+    return statements + lines
+
+
+Text = TypeVar("Text", Statement, Value)
+
+
+def _rename(what: Text, old: str, new: str) -> Text:
+    if old not in what.uses:
+        return what
+    text, uses = re.sub(rf"\b{old}\b", new, what.text), what.uses - {old} | {new}
+    return replace(what, text=text, uses=uses)

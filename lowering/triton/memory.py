@@ -8,9 +8,9 @@ import torch
 
 from snn_compile.lowering.layout import Layout
 from snn_compile.lowering.ops import opmath
-from snn_compile.lowering.triton.emit import ROUNDING, Value
 from snn_compile.lowering.triton.literals import TRITON_DTYPES
 from snn_compile.lowering.triton.names import Names, identifier
+from snn_compile.lowering.triton.values import ROUNDING, Value
 
 
 @dataclass(frozen=True)

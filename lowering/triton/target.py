@@ -21,10 +21,11 @@ from torch import Tensor
 from snn_compile.ir.recurrence import Recurrence
 from snn_compile.lowering.launch import Direction, Kernel
 from snn_compile.lowering.layout import Layout, Placement
-from snn_compile.lowering.triton.codegen import KernelText, generate
+from snn_compile.lowering.triton.codegen import generate
 from snn_compile.lowering.triton.heuristics import lanes_and_steps, warps
 from snn_compile.lowering.triton.load import load_module
 from snn_compile.lowering.triton.memory import Argument
+from snn_compile.lowering.triton.text import KernelText
 
 #: Offsets at which 32-bit lane indices end.
 _INT32_LANES = 1 << 31

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from snn_compile.lowering.triton.codegen import KernelText
 from snn_compile.lowering.triton.heuristics import lanes_and_steps
 from snn_compile.lowering.triton.load import load_module
 from snn_compile.lowering.triton.target import compile_options
+from snn_compile.lowering.triton.text import KernelText
 
 TYPES = {
     torch.float32: "*fp32",
@@ -76,8 +76,7 @@ def _read_cuda(compiled: Any) -> Assembly:
 
 def _read_hip(compiled: Any) -> Assembly:
     text = compiled.asm["amdgcn"]
-    use = dict(
-        re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size):\s*(\d+)", text)
-    )
-    spills = sum(int(use[k]) for k in ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"))
+    # a scalar register is spilled to a lane of a vector register, not to memory
+    use = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", text))
+    spills = int(use["vgpr_spill_count"]) + int(use["private_segment_fixed_size"])
     return Assembly(text, compiled.asm["ttgir"], int(use["vgpr_count"]), spills)

@@ -120,8 +120,8 @@ def eager(rec: Recurrence, overload: str, given: Sequence[Any], operands: Sequen
     if overload.split(".")[0] in ("add", "sub", "rsub") and numbers and x.dtype in (torch.bfloat16, torch.float16):
         # the CPU rounds numbers to the dtype of the tensor, CUDA keeps them in fp32
         return rec(*(o.float() for o in operands), steps=1)[0].to(x.dtype)
-    if overload == "pow.Tensor_Scalar" and given[1] == 0.5:
-        return x.sqrt()  # which the CPU does for fp32 and fp64 alone
+    if overload == "pow.Tensor_Scalar" and abs(given[1]) == 0.5:  # the CPU does so for fp32 and fp64 alone
+        return x.sqrt() if given[1] > 0 else x.rsqrt()
     result = rec(*operands, steps=1)[0]
     return result + 0.0 if overload == "relu.default" and x.is_floating_point() else result  # fmax(-0, 0) is 0
 

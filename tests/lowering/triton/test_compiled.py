@@ -15,9 +15,10 @@ from snn_compile.ir.recurrence import Output, Recurrence, TimeSeries
 from snn_compile.lowering import launch
 from snn_compile.lowering.layout import Layout, Placement
 from snn_compile.lowering.ops import is_supported
-from snn_compile.lowering.triton.codegen import KernelText, generate
+from snn_compile.lowering.triton.codegen import generate
 from snn_compile.lowering.triton.heuristics import lanes_and_steps
 from snn_compile.lowering.triton.target import TritonTarget
+from snn_compile.lowering.triton.text import KernelText
 from snn_compile.passes.trace_step import trace_step
 from tests.lowering.triton.assembly import DEVICES, Assembly, compile_for
 from tests.lowering.triton.cases import CASES, operands, recurrence

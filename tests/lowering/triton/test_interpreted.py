@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from snn_compile.lowering.triton import target
-from snn_compile.lowering.triton.codegen import KernelText, generate
+from snn_compile.lowering.triton.codegen import generate
+from snn_compile.lowering.triton.text import KernelText
 from tests.lowering.triton import checks
 from tests.lowering.triton.cases import CASES
 from tests.lowering.triton.checks import check
