@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 
 from torch import fx
 from torch._dynamo.utils import counters
+from torch._logging import trace_structured
 
 from snn_compile.config import mode_options, parse_options
-from snn_compile.pipeline import Report, run_pipeline
+from snn_compile.outer_loop import OuterLoopWatch, feeds_back
+from snn_compile.pipeline import COUNTERS, Report, run_pipeline
 
 log = logging.getLogger("snn_compile")
 
@@ -31,11 +33,15 @@ def snn(
     """
     from torch._inductor.compile_fx import compile_fx
 
+    for name in COUNTERS:
+        counters["snn_compile"][name] += 0
     config, patches = parse_options(options)
     patches = {**mode_options(mode), **patches}
     if config.enabled:
         gm = _rewrite(gm, config)
-    return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[arg-type]
+    stepwise = config.enabled and feeds_back(gm)
+    compiled = compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[arg-type]
+    return OuterLoopWatch(compiled) if stepwise else compiled  # type: ignore[return-value]
 
 
 def _rewrite(gm: fx.GraphModule, config) -> fx.GraphModule:  # type: ignore[no-untyped-def]
@@ -49,6 +55,18 @@ def _rewrite(gm: fx.GraphModule, config) -> fx.GraphModule:  # type: ignore[no-u
         return gm
     for rejection in report.rejections:
         log.info("left alone: %s", rejection)
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "snn_compile_report", "encoding": "string"},
+        payload_fn=lambda: _summary(report),
+    )
     for listener in listeners:
         listener(report)
     return new
+
+
+def _summary(report: Report) -> str:
+    lines = [f"{len(report.loops)} loops rerolled, {len(report.recurrences)} recurrences lowered"]
+    for r in report.recurrences:
+        lines += [f"{r.name} at {r.location}: {r.meta.get('steps')} steps, {r.meta.get('target')}", *(f"    {e}" for e in r.equations)]
+    return "\n".join([*lines, *(f"left alone: {r}" for r in report.rejections)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,16 @@ from pathlib import Path
 import torch
 from torch import fx
 from torch._dynamo.utils import counters
+from torch._logging import getArtifactLogger
 
 from snn_compile.config import Config
 from snn_compile.errors import Reject, Rejection
 from snn_compile.ir.loop import Loop
-from snn_compile.ir.recurrence import Recurrence
+from snn_compile.ir.equations import equations
+from snn_compile.ir.recurrence import Recurrence, TimeSeries
+from snn_compile.ir.values import example, shape_hint
+from snn_compile.lowering.kernel_texts import kernel_texts
+from snn_compile.lowering.launch import Direction
 from snn_compile.lowering import ops, targets
 from snn_compile.lowering.lower_loops import lower_loop, make_recurrence
 from snn_compile.passes.batch_time import batch_time
@@ -29,6 +35,19 @@ from snn_compile.passes.specialize import drop_unread_sizes, specialize_floats
 from snn_compile.passes.unroll import restore_writes, unroll
 
 log = logging.getLogger("snn_compile")
+#: ``TORCH_LOGS=output_code`` shows the kernels beside Inductor's own output
+kernel_log = getArtifactLogger("torch._inductor.snn_compile", "output_code")
+
+#: Everything `counters["snn_compile"]` counts.
+COUNTERS = (
+    "loops_rerolled",
+    "recurrences_lowered",
+    "ops_time_batched",
+    "ops_hoisted",
+    "batch_norms_folded",
+    "rejections",
+    "pass_failures",
+)
 
 #: The pipeline as a table of contents: (name, what it does).
 PASSES = (
@@ -99,7 +118,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     if config.batch_time:
         _batch_time(work, report)
         dump(work, "4_batch_time")
-    _lower(work, report)
+    _lower(work, report, dump)
     dump(work, "5_lower")
     counters["snn_compile"]["rejections"] += len(report.rejections)
     _rewrite_inner(work, config, report)
@@ -190,7 +209,7 @@ def _batch_time(gm: fx.GraphModule, report: Report) -> None:
         counters["snn_compile"]["ops_time_batched"] += count
 
 
-def _lower(gm: fx.GraphModule, report: Report) -> None:
+def _lower(gm: fx.GraphModule, report: Report, dump: _Dump) -> None:
     grad_enabled = torch.is_grad_enabled()
     for call, loop in _calls(gm):
         if not loop.is_kernel:
@@ -202,11 +221,24 @@ def _lower(gm: fx.GraphModule, report: Report) -> None:
             report.rejections.append(r.rejection)
             continue
         report.steps[recurrence.name] = loop.length
-        recurrence.meta["steps"] = loop.length
-        recurrence.meta["target"] = target.name
+        _describe(recurrence, call, loop, target.name)
+        dump.kernels(recurrence)
         lower_loop(gm, call, loop, recurrence, targets.for_device)
         report.recurrences.append(recurrence)
         counters["snn_compile"]["recurrences_lowered"] += 1
+
+
+def _describe(recurrence: Recurrence, call: fx.Node, loop: Loop, target: str) -> None:
+    """What reports and the comments of kernels say about it."""
+    operands = [example(a) for a in call.args]
+    recurrence.meta |= {"steps": loop.length, "target": target, "operands": operands}
+    sizes = [s[1:] if isinstance(o, TimeSeries) else s for o, s in zip(_specs(recurrence), map(shape_hint, operands))]
+    recurrence.meta["shape"] = tuple(torch.broadcast_shapes(*sizes))
+    recurrence.equations = tuple(map(str, equations(recurrence)))
+
+
+def _specs(recurrence: Recurrence) -> tuple[object, ...]:
+    return (*recurrence.carries, *recurrence.xs, *recurrence.consts)
 
 
 def _finish(gm: fx.GraphModule) -> None:
@@ -218,22 +250,49 @@ def _finish(gm: fx.GraphModule) -> None:
 
 
 class _Dump:
-    """``SNN_COMPILE_DUMP=dir``: the graph after every pass."""
+    """``SNN_COMPILE_DUMP=dir``: the graph after every pass and the kernels, in files of this process's own."""
 
     count = 0
 
     def __init__(self, directory: str) -> None:
         self.directory = Path(directory) if directory else None
         if self.directory is not None:
-            self.directory.mkdir(parents=True, exist_ok=True)
             _Dump.count += 1
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                log.warning("cannot write the dump: %s", error)
+                self.directory = None
         self.graph = _Dump.count
 
     def __call__(self, gm: fx.GraphModule, name: str) -> None:
         if self.directory is None:
             return
         text = [str(gm.graph)] + [str(loop) for _, loop in _calls(gm)]
-        (self.directory / f"graph_{self.graph}_{name}.txt").write_text("\n\n".join(text))
+        self._write(f"{name}.txt", "\n\n".join(text))
+
+    def kernels(self, recurrence: Recurrence) -> None:
+        texts = kernel_texts_for_logs(recurrence) if self.directory is not None or kernel_log.isEnabledFor(10) else []
+        for direction, text in texts:
+            kernel_log.debug("kernel of %s, %s:\n%s", recurrence.name, direction, text)
+            if self.directory is not None:
+                ending = "cpp" if recurrence.meta["target"] == "cpp" else "py"
+                self._write(f"kernel_{recurrence.name}_{direction}.{ending}", text)
+
+    def _write(self, name: str, text: str) -> None:
+        try:
+            (self.directory / f"process_{os.getpid()}_graph_{self.graph}_{name}").write_text(text, "utf-8")  # type: ignore[operator]
+        except OSError as error:  # a full disk must not stop a compilation
+            log.warning("cannot write the dump: %s", error)
+
+
+def kernel_texts_for_logs(recurrence: Recurrence) -> list[tuple[Direction, str]]:
+    """The recurrence's kernels as text; empty (and logged) where they cannot be written out."""
+    try:
+        return kernel_texts(recurrence, recurrence.meta["operands"], recurrence.meta["steps"])
+    except Exception:
+        log.debug("no kernel text for %s", recurrence.name, exc_info=True)
+        return []
 
 
 PassFunction = Callable[[fx.GraphModule], object]

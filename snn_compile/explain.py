@@ -1,0 +1,307 @@
+"""`explain(fn)(*args)`: what was found, what became a kernel, what did not and why, and the kernels' text."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.utils import counters
+
+from snn_compile import backend
+from snn_compile.errors import Rejection
+from snn_compile.ir.equations import equations, is_affine, nice_name, op_name, surrogate
+from snn_compile.ir.loop import Loop
+from snn_compile.ir.recurrence import Recurrence
+from snn_compile.ir.values import user_location
+from snn_compile.pipeline import Report, kernel_texts_for_logs
+
+#: (fragment of a reason, what to change): for refusals that come without a hint of their own.
+HINTS = (
+    ("a Python number changes", "put the numbers into a tensor before the loop and read it with [t]"),
+    ("not pointwise", "only elementwise updates of a state become a kernel; move sums, matmuls and indexing out of the state"),
+    ("no pointwise kernel can hold", "write the step with elementwise operations, or move this call out of the loop"),
+    ("another tensor in every step", "stack the tensors before the loop and read the stack with [t]"),
+    ("do not follow one rule", "make every iteration run the same operations: no if on t, no lists of modules indexed by t"),
+    ("nothing is carried", "no state passes from step to step, so it is not a time loop: apply it to all steps at once"),
+    ("moves with t", "read one step at a time, x[t]"),
+    ("complex dtype", "keep real and imaginary parts in two real tensors"),
+)
+
+_LOOK_ALIKE = re.compile(r"\d+ look-alike groups of (\d+) ops")
+
+
+@dataclass
+class GraphBreak:
+    """Where Dynamo ended a graph, so that a loop there could not be seen as a whole."""
+
+    reason: str
+    location: str = ""
+
+    def __str__(self) -> str:
+        return f"{_here(self.location) or 'somewhere'}: {self.reason}"
+
+
+@dataclass
+class Explanation:
+    """What `explain` found; `str()` of it is the report, `verbose()` the report with every refusal."""
+
+    loops: list[Loop] = field(default_factory=list)
+    recurrences: list[Recurrence] = field(default_factory=list)
+    rejections: list[Rejection] = field(default_factory=list)
+    #: (name, "forward" or "backward", source text)
+    kernels: list[tuple[str, str, str]] = field(default_factory=list)
+    graph_breaks: list[GraphBreak] = field(default_factory=list)
+    graphs: int = 0
+
+    def __str__(self) -> str:
+        return self._text(self.important())
+
+    def verbose(self) -> str:
+        return self._text(self.rejections)
+
+    def important(self) -> list[Rejection]:
+        """The refusals without those that a rerolled loop, or no loop at all, brings with it."""
+        lines = {user_location(n) for loop in self.loops for n in loop.body.graph.nodes} - {""}
+        return [r for r in self.rejections if not self._is_noise(r, lines)]
+
+    def _is_noise(self, rejection: Rejection, lines: set[str]) -> bool:
+        look_alike = _LOOK_ALIKE.match(rejection.reason)
+        if look_alike and (int(look_alike[1]) <= 2 or self.loops and rejection.location in lines):
+            return True
+        if not self.loops:
+            return False
+        searching = look_alike or "nothing is carried" in rejection.reason
+        return bool(searching) or not rejection.location or "an index" in rejection.reason
+
+    def _text(self, rejections: list[Rejection]) -> str:
+        parts = [self._headline(rejections)]
+        parts += [describe(r) for r in self.recurrences]
+        if rejections:
+            lines = ["Left to Inductor, with eager's meaning:"]
+            parts.append("\n".join(lines + [f"  - {_refusal(r)}" for r in rejections]))
+        if self.graph_breaks:
+            lines = ["Graph breaks (a loop with one inside cannot become a kernel):"]
+            parts.append("\n".join(lines + [f"  - {b}" for b in self.graph_breaks]))
+        if self.kernels:
+            parts.append(f"Kernels: {len(self.kernels)}; read them in .kernels")
+        return "\n\n".join(parts)
+
+    def _headline(self, rejections: list[Rejection]) -> str:
+        found = len(self.recurrences)
+        if found:
+            return f"snn_compile: {_count(found, 'recurrence')} compiled, from {_count(len(self.loops), 'time loop')}"
+        advice = "see below" if rejections or self.graph_breaks else (
+            "the function must hold the loop over time itself, with a state that passes from step to step:\n"
+            "  for t in range(len(x)): v, s = step(v, x[t])"
+        )
+        return f"snn_compile: no time loop was compiled; {advice}"
+
+
+# ------------------------------------------------------------------------------------------------------------- the report
+
+
+def describe(recurrence: Recurrence) -> str:
+    """One recurrence, for a reader who knows their own code but no compiler."""
+    shape, steps = recurrence.meta.get("shape", ()), recurrence.meta.get("steps", "?")
+    lines = [f"{recurrence.name}: {_here(recurrence.location) or 'a loop of unknown place'}"]
+    lines.append(f"  time steps   {steps}, each over {list(shape)} ({_dtype(recurrence)})")
+    for title, specs in (("states", recurrence.carries), ("inputs", recurrence.xs), ("parameters", recurrence.consts)):
+        if specs:
+            lines.append(f"  {title:12} {', '.join(_name(s) for s in specs)}")
+    found = equations(recurrence)
+    for i, line in enumerate(found):
+        role = line.role if line.role and all(e.role != line.role for e in found[:i]) else ""
+        lines.append(f"  {role:12} {line}")
+    if any("H(" in line.text for line in found):
+        lines.append(f"  {'':12} (H(u) is 1 where u >= 0, else 0)")
+    lines += _analysis(recurrence)
+    return "\n".join(lines)
+
+
+def _analysis(recurrence: Recurrence) -> list[str]:
+    affine = is_affine(recurrence)
+    lines = [] if affine is None else [f"  {'':12} the charge is {'' if affine else 'not '}affine in the states"]
+    slope = surrogate(recurrence)
+    if slope:
+        lines.append(f"  {'surrogate':12} ds/du = {slope}, where u is the argument of the spike")
+    elif recurrence.backward is not None:
+        lines.append(f"  {'surrogate':12} none: no gradient passes the spike")
+    forward, backward = traffic(recurrence)
+    moved = f"{forward:g} bytes forward" + (f", {backward:g} backward" if recurrence.backward is not None else "")
+    lines.append(f"  {'memory':12} {moved}, per lane and step")
+    lines.append(f"  {'target':12} {recurrence.meta.get('target', '?')}{'' if recurrence.backward else ', forward only'}")
+    lines.append(f"  {'fused':12} {_fused(recurrence)}")
+    return lines
+
+
+def _name(spec: object) -> str:
+    gradient = getattr(spec, "needs_grad", False) or getattr(spec, "init_needs_grad", False)
+    name = nice_name(spec.name)  # type: ignore[attr-defined]
+    return f"{name} (wants a gradient)" if gradient else name
+
+
+def _dtype(recurrence: Recurrence) -> str:
+    dtypes = dict.fromkeys(s.dtype for s in (*recurrence.carries, *recurrence.xs))
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def traffic(recurrence: Recurrence) -> tuple[float, float]:
+    """Bytes read and written per lane and step: what is read or written once a step, and nothing else."""
+    operands = recurrence.meta.get("operands", [])[len(recurrence.carries) :]
+    lanes = max(1, torch.Size(recurrence.meta.get("shape", ())).numel())
+    read = written = 0.0
+    for i, x in enumerate(recurrence.xs):
+        example = operands[i] if i < len(operands) else None
+        share = min(1.0, _lanes(example) / lanes) if isinstance(example, Tensor) else 1.0
+        read += share * x.dtype.itemsize
+        written += x.needs_grad * x.dtype.itemsize
+    forward = read + sum(y.dtype.itemsize for y in recurrence.ys)
+    backward = read + sum(y.dtype.itemsize for y in recurrence.differentiable_ys) + written
+    return forward, backward
+
+
+def _lanes(example: Tensor) -> int:
+    sizes = [s if isinstance(s, int) else int(s.node.hint) for s in example.shape[1:]]
+    return torch.Size(sizes).numel()
+
+
+def _fused(recurrence: Recurrence) -> str:
+    ops = [n for n in recurrence.step.graph.nodes if n.op == "call_function"]
+    totals = [c for c, v in zip(recurrence.carries, recurrence.step.graph.output_node().args[0]) if _accumulates(recurrence, c, v)]  # type: ignore[arg-type]
+    text = f"{_count(len(ops), 'op')} a step in one kernel"
+    if totals:
+        text += f"; {', '.join(nice_name(c.name) for c in totals)} summed in it, not stored step by step"
+    return text
+
+
+def _accumulates(recurrence: Recurrence, carry: object, value: object) -> bool:
+    """``acc' = acc + something``, with no other reader of acc."""
+    nodes = [n for n in recurrence.step.graph.nodes if n.op == "placeholder"]
+    mine = nodes[recurrence.carries.index(carry)]  # type: ignore[arg-type]
+    return isinstance(value, fx.Node) and op_name(value) == "add" and mine in value.args and len(mine.users) == 1
+
+
+def _refusal(rejection: Rejection) -> str:
+    hint = rejection.hint or next((h for fragment, h in HINTS if fragment in rejection.reason), "")
+    place = f"{_here(rejection.location)}: " if rejection.location else ""
+    return f"{place}{rejection.reason}" + (f"\n    to change: {hint}" if hint else "")
+
+
+def _here(location: str) -> str:
+    """The place relative to the working directory, where it lies inside of it."""
+    root = os.getcwd() + os.sep
+    return location.removeprefix(root) if location.startswith(root) else location
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" + ("" if n == 1 else "s")
+
+
+# --------------------------------------------------------------------------------------------------------------- running
+
+
+def explain(fn: Callable[..., object], **options: object) -> Callable[..., Explanation]:
+    """``explain(fn)(*args, **kwargs) -> Explanation``: compile `fn` for these arguments and say what became of it.
+
+    `fn` is a function or a module, compiled already or not; `options` are those of ``torch.compile(options=...)``. It is run
+    once; a module's attributes and buffers and the random state are put back afterwards.
+    """
+
+    def run(*args: object, **kwargs: object) -> Explanation:
+        target = _original(fn)
+        reports: list[Report] = []
+        reasons: list[object] = []
+        before = dict(counters["graph_break"])
+
+        def collect(gm: fx.GraphModule, example_inputs: object) -> Callable[..., object]:
+            reasons.append(getattr(gm, "compile_subgraph_reason", None))
+            return backend.snn(gm, example_inputs, options=dict(options) or None)  # type: ignore[arg-type]
+
+        backend.listeners.append(reports.append)
+        try:
+            with _put_back(target), torch._dynamo.config.patch(recompile_limit=1024):
+                torch.compile(target, backend=collect)(*args, **kwargs)
+        finally:
+            # by identity: two explanations may run at once
+            backend.listeners[:] = [l for l in backend.listeners if getattr(l, "__self__", None) is not reports]
+        return _explanation(reports, _graph_breaks(reasons, before))
+
+    return run
+
+
+def _original(fn: Callable[..., object]) -> Callable[..., object]:
+    """What was compiled, under a code object of its own, so that no compiled state is shared with the caller's."""
+    fn = getattr(fn, "_orig_mod", fn)
+    fn = getattr(fn, "_torchdynamo_orig_callable", fn)
+    if not isinstance(fn, types.FunctionType):
+        return fn
+    copy = types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+    copy.__kwdefaults__ = fn.__kwdefaults__
+    return copy
+
+
+@contextlib.contextmanager
+def _put_back(target: object) -> Iterator[None]:
+    """A run inside leaves the module and the random state as they were."""
+    modules = list(target.modules()) if isinstance(target, nn.Module) else []
+    saved = [{k: dict(v) if type(v) is dict else v for k, v in vars(m).items()} for m in modules]
+    buffers = [(b, b.detach().clone()) for m in modules for b in m._buffers.values() if b is not None]
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for module, state in zip(modules, saved, strict=True):
+            vars(module).clear()
+            vars(module).update(state)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _graph_breaks(reasons: list[object], before: dict[str, int]) -> list[GraphBreak]:
+    found: dict[str, GraphBreak] = {}
+    for reason in reasons:
+        if reason is None or not getattr(reason, "graph_break", False):
+            continue
+        stack = getattr(reason, "user_stack", None) or []
+        place = f"{stack[-1].filename}:{stack[-1].lineno}" if stack else ""
+        text = _short(getattr(reason, "reason", ""))
+        found.setdefault(text, GraphBreak(text, place))
+    for text, count in counters["graph_break"].items():
+        if count > before.get(text, 0):
+            found.setdefault(_short(text), GraphBreak(_short(text), _place_in(text)))
+    return list(found.values())
+
+
+def _short(text: str) -> str:
+    """Dynamo's reason without its pages of advice."""
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    explained = next((line.removeprefix("Explanation: ") for line in lines if line.startswith("Explanation: ")), "")
+    first = lines[0] if lines else "unknown"
+    return f"{first}: {explained}" if explained else first
+
+
+def _place_in(text: str) -> str:
+    found = re.findall(r'File "([^"]+)", line (\d+)', text)
+    return f"{found[-1][0]}:{found[-1][1]}" if found else ""
+
+
+def _explanation(reports: list[Report], graph_breaks: list[GraphBreak]) -> Explanation:
+    made = Explanation(graph_breaks=graph_breaks, graphs=len(reports))
+    seen: set[tuple[str, str]] = set()
+    for report in reports:
+        made.loops += report.loops
+        made.recurrences += report.recurrences
+        for r in report.rejections:
+            if (r.reason, r.location) not in seen:
+                seen.add((r.reason, r.location))
+                made.rejections.append(r)
+    for r in made.recurrences:
+        made.kernels += [(r.name, direction, text) for direction, text in kernel_texts_for_logs(r)]
+    return made
