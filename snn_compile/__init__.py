@@ -5,3 +5,19 @@ from snn_compile.config import options
 from snn_compile.errors import OptionError, Rejection, SnnCompileError
 
 __all__ = ["OptionError", "Rejection", "SnnCompileError", "__version__", "options"]
+
+
+def _register_backend() -> None:
+    """From a source tree there is no entry point yet: register the backend by hand. (Twice would be an error.)"""
+    from importlib.metadata import entry_points
+
+    if any(e.name == "snn" for e in entry_points(group="torch_dynamo_backends")):
+        return
+    from torch._dynamo.backends.registry import register_backend
+
+    from snn_compile.backend import snn
+
+    register_backend(snn, name="snn")
+
+
+_register_backend()
