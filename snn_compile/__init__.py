@@ -3,8 +3,10 @@
 from snn_compile._version import __version__
 from snn_compile.config import options
 from snn_compile.errors import OptionError, Rejection, SnnCompileError
+from snn_compile.explain import Explanation, explain
+from snn_compile.explain import Explanation, explain
 
-__all__ = ["OptionError", "Rejection", "SnnCompileError", "__version__", "options"]
+__all__ = ["Explanation", "OptionError", "Rejection", "SnnCompileError", "__version__", "explain", "options"]
 
 
 def _register_backend() -> None:
