@@ -9,8 +9,8 @@ from torch import fx
 from torch._dynamo.utils import counters
 from torch._logging import trace_structured
 
-from snn_compile.config import mode_options, parse_options
-from snn_compile.outer_loop import OuterLoopWatch, feeds_back
+from snn_compile.config import Config, mode_options, parse_options
+from snn_compile.outer_loop import OuterLoopWatch, feeds_back, holds_no_loop
 from snn_compile.pipeline import COUNTERS, Report, run_pipeline
 
 log = logging.getLogger("snn_compile")
@@ -37,14 +37,15 @@ def snn(
         counters["snn_compile"][name] += 0
     config, patches = parse_options(options)
     patches = {**mode_options(mode), **patches}
+    stepwise = False
     if config.enabled:
-        gm = _rewrite(gm, config)
-    stepwise = config.enabled and feeds_back(gm)
+        gm, report = _rewrite(gm, config)
+        stepwise = report is not None and holds_no_loop(report.loops, report.rejections) and feeds_back(gm)
     compiled = compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[arg-type]
     return OuterLoopWatch(compiled) if stepwise else compiled  # type: ignore[return-value]
 
 
-def _rewrite(gm: fx.GraphModule, config) -> fx.GraphModule:  # type: ignore[no-untyped-def]
+def _rewrite(gm: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, Report | None]:
     try:
         new, report = run_pipeline(gm, config)
     except Exception:
@@ -52,7 +53,7 @@ def _rewrite(gm: fx.GraphModule, config) -> fx.GraphModule:  # type: ignore[no-u
         if config.strict:
             raise
         log.exception("internal failure: this graph goes to Inductor as it is. Please report it with the graph:\n%s", gm.graph)
-        return gm
+        return gm, None
     for rejection in report.rejections:
         log.info("left alone: %s", rejection)
     trace_structured(
@@ -62,11 +63,12 @@ def _rewrite(gm: fx.GraphModule, config) -> fx.GraphModule:  # type: ignore[no-u
     )
     for listener in listeners:
         listener(report)
-    return new
+    return new, report
 
 
 def _summary(report: Report) -> str:
     lines = [f"{len(report.loops)} loops rerolled, {len(report.recurrences)} recurrences lowered"]
     for r in report.recurrences:
-        lines += [f"{r.name} at {r.location}: {r.meta.get('steps')} steps, {r.meta.get('target')}", *(f"    {e}" for e in r.equations)]
+        lines.append(f"{r.name} at {r.location}: {r.meta.get('steps')} steps, {r.meta.get('target')}")
+        lines += [f"    {e}" for e in r.equations]
     return "\n".join([*lines, *(f"left alone: {r}" for r in report.rejections)])

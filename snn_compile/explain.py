@@ -68,7 +68,12 @@ class Explanation:
     def important(self) -> list[Rejection]:
         """The refusals without those that a rerolled loop, or no loop at all, brings with it."""
         lines = {user_location(n) for loop in self.loops for n in loop.body.graph.nodes} - {""}
-        return [r for r in self.rejections if not self._is_noise(r, lines)]
+        kept: dict[object, Rejection] = {}
+        for r in self.rejections:  # of several readings of one line as a loop, the first: it covers most
+            if not self._is_noise(r, lines):
+                place = r.location if _LOOK_ALIKE.match(r.reason) else ""
+                kept.setdefault(place or (r.reason, r.location), r)
+        return list(kept.values())
 
     def _is_noise(self, rejection: Rejection, lines: set[str]) -> bool:
         look_alike = _LOOK_ALIKE.match(rejection.reason)
@@ -190,7 +195,8 @@ def _accumulates(recurrence: Recurrence, carry: object, value: object) -> bool:
 def _refusal(rejection: Rejection) -> str:
     hint = rejection.hint or next((h for fragment, h in HINTS if fragment in rejection.reason), "")
     place = f"{_here(rejection.location)}: " if rejection.location else ""
-    return f"{place}{rejection.reason}" + (f"\n    to change: {hint}" if hint else "")
+    reason = re.sub(r"<(?:built-in )?(?:function|method) (\w+)[^>]*>", r"\1", rejection.reason)
+    return f"{place}{reason}" + (f"\n    to change: {hint}" if hint else "")
 
 
 def _here(location: str) -> str:
@@ -217,7 +223,7 @@ def explain(fn: Callable[..., object], **options: object) -> Callable[..., Expla
         target = _original(fn)
         reports: list[Report] = []
         reasons: list[object] = []
-        before = dict(counters["graph_break"])
+        before = _break_counts()
 
         def collect(gm: fx.GraphModule, example_inputs: object) -> Callable[..., object]:
             reasons.append(getattr(gm, "compile_subgraph_reason", None))
@@ -273,10 +279,15 @@ def _graph_breaks(reasons: list[object], before: dict[str, int]) -> list[GraphBr
         place = f"{stack[-1].filename}:{stack[-1].lineno}" if stack else ""
         text = _short(getattr(reason, "reason", ""))
         found.setdefault(text, GraphBreak(text, place))
-    for text, count in counters["graph_break"].items():
+    for text, count in _break_counts().items():
         if count > before.get(text, 0):
             found.setdefault(_short(text), GraphBreak(_short(text), _place_in(text)))
     return list(found.values())
+
+
+def _break_counts() -> dict[str, int]:
+    """Dynamo's reasons by number of times: breaks between graphs, and frames that it gave up because of one."""
+    return {**counters["unimplemented"], **counters["graph_break"]}
 
 
 def _short(text: str) -> str:
@@ -288,7 +299,7 @@ def _short(text: str) -> str:
 
 
 def _place_in(text: str) -> str:
-    found = re.findall(r'File "([^"]+)", line (\d+)', text)
+    found = re.findall(r'File "([^"]+)", line (\d+)', text) or re.findall(r"\((\S+\.py) line (\d+)\)", text)
     return f"{found[-1][0]}:{found[-1][1]}" if found else ""
 
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx
+
+from snn_compile.errors import Rejection
 
 #: So many calls in a row must hand a result of the last call back in; that many calls are looked at.
 FEEDBACKS, CALLS = 3, 64
 STEPS = {"ge", "gt", "le", "lt", "heaviside", "autograd_function_apply"}
 
 _warned = False
+
+
+def holds_no_loop(loops: Sequence[object], rejections: Sequence[Rejection]) -> bool:
+    """No loop was found, nor anything that repeats like the steps of one that was refused."""
+    repeats = [re.match(r"(\d+) look-alike", r.reason) for r in rejections]
+    return not loops and all(m is not None and int(m[1]) < 3 for m in repeats)
 
 
 def feeds_back(gm: fx.GraphModule) -> bool:

@@ -1,0 +1,233 @@
+"""What `explain` says, and that it leaves what it explains as it was."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import snn_compile
+from snn_compile import backend, outer_loop
+from snn_compile.pipeline import COUNTERS
+from tests import zoo
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    outer_loop._warned = False
+    yield
+    torch._dynamo.reset()
+
+
+def explained(name: str) -> snn_compile.Explanation:
+    case = zoo.CASES[name]
+    return snn_compile.explain(case.function)(*[i.requires_grad_() for i in case.inputs(6)])
+
+
+def test_report_of_a_lif() -> None:
+    found = explained("lif")
+    text = str(found)
+    for part in (
+        "1 recurrence compiled, from 1 time loop",
+        "zoo.py:",
+        "6, each over [6, 7] (float32)",
+        "charge       h = v + (x - v)/2",
+        "fire         s = H(h - 1)",
+        "reset        v' = h*(1 - s)",
+        "the charge is affine",
+        "ds/du = ",
+        "8 bytes forward, 12 backward, per lane and step",
+        "cpp",
+    ):
+        assert part in text, part
+    assert [k[1] for k in found.kernels] == ["forward", "backward"]
+    assert all("//     h = v + (x - v)/2" in k[2] for k in found.kernels)
+    assert not found.graph_breaks and "Left to Inductor" not in text
+
+
+def test_accumulator_moves_no_output() -> None:
+    text = str(explained("accumulated"))
+    assert "4 bytes forward, 8 backward" in text and "acc summed in it" in text
+
+
+def test_two_layers_have_two_recurrences_and_no_noise() -> None:
+    found = explained("linear_layers_in_the_loop")
+    assert len(found.recurrences) == 2 and len(found.loops) == 1
+    assert "Left to Inductor" not in str(found)
+    assert len(found.verbose()) >= len(str(found))
+
+
+def numbers_that_change(x):
+    v, out = torch.zeros_like(x[0]), []
+    for t in range(len(x)):
+        v = v * 0.5 + x[t] * (0.1 * t)
+        v = torch.where(v > 1, 0.0, v)
+        out.append(v)
+    return torch.stack(out)
+
+
+def test_refusal_names_the_line_and_what_to_change_once() -> None:
+    found = snn_compile.explain(numbers_that_change)(torch.randn(6, 3))
+    text = str(found)
+    assert not found.recurrences
+    assert text.count("test_explain.py:") == 1 and "x[t] * (0.1 * t)" in text
+    assert "to change: put the numbers into a tensor" in text
+
+
+def test_matmul_of_the_state_is_refused() -> None:
+    def f(x, w):
+        v, out = torch.zeros_like(x[0]), []
+        for t in range(len(x)):
+            v = torch.tanh(v @ w + x[t])
+            out.append(v)
+        return torch.stack(out)
+
+    text = str(snn_compile.explain(f)(torch.randn(6, 3, 3), torch.randn(3, 3)))
+    assert "'matmul'" in text and "not pointwise" in text
+
+
+def test_branch_on_data_is_a_graph_break() -> None:
+    def f(x):
+        v, out = torch.zeros_like(x[0]), []
+        for t in range(len(x)):
+            v = v * 0.5 + x[t]
+            if v.sum() > 100:
+                v = v * 0
+            out.append(v)
+        return torch.stack(out)
+
+    found = snn_compile.explain(f)(torch.randn(4, 3))
+    assert any("Data-dependent" in b.reason and "test_explain.py:" in b.location for b in found.graph_breaks)
+    assert "Graph breaks" in str(found)
+
+
+def test_no_loop_says_what_is_expected() -> None:
+    text = str(snn_compile.explain(lambda x: x * 2 + 1)(torch.randn(3)))
+    assert "no time loop was compiled" in text and "for t in range" in text
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.v = 0.0
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        out = []
+        for t in range(x.shape[0]):
+            self.v, s = zoo._step(self.v, x[t])
+            out.append(s)
+        self.calls += 1
+        return torch.stack(out)
+
+
+def test_module_is_left_as_it_was() -> None:
+    net = Net()
+    state = torch.get_rng_state()
+    found = snn_compile.explain(net)(torch.randn(5, 3))
+    assert len(found.recurrences) == 1
+    assert net.v == 0.0 and net.calls == 0
+    torch.set_rng_state(state)
+
+
+def test_compiled_function_is_reported_and_not_compiled_again() -> None:
+    compiles = []
+
+    def counting(gm, example_inputs):
+        compiles.append(gm)
+        return gm.forward
+
+    def f(x):
+        return zoo.lif(x)
+
+    compiled = torch.compile(f, backend=counting)
+    x = torch.randn(5, 3)
+    expected = compiled(x)
+    found = snn_compile.explain(compiled)(x)
+    assert len(found.recurrences) == 1
+    torch.testing.assert_close(compiled(x), expected, rtol=0, atol=0)
+    assert len(compiles) == 1 and not backend.listeners
+
+
+# ------------------------------------------------------------------------------------------------ counters, dump and logs
+
+
+def test_all_counters_are_there() -> None:
+    counters.clear()
+    torch.compile(lambda x: x + 1, backend=backend.snn)(torch.randn(3))
+    assert {name: counters["snn_compile"][name] for name in counters["snn_compile"]} == dict.fromkeys(COUNTERS, 0)
+
+
+def test_dump(tmp_path) -> None:
+    torch.compile(lambda x: zoo.lif(x), backend=backend.snn, options={"dump": str(tmp_path)})(torch.randn(5, 3, requires_grad=True))
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert any("0_dynamo" in n for n in names) and any("distribute" in n for n in names)
+    kernels = [p for p in tmp_path.iterdir() if "kernel_loop_0" in p.name]
+    assert sorted(p.name.rsplit("_", 1)[1] for p in kernels) == ["backward.cpp", "forward.cpp"]
+    assert all("h = v + (x - v)/2" in p.read_text() for p in kernels)
+
+
+def test_dump_that_cannot_be_written_stops_nothing(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    x = torch.randn(5, 3)
+    got = torch.compile(lambda x: zoo.lif(x), backend=backend.snn, options={"dump": str(tmp_path / "file" / "d"), "strict": True})(x)
+    torch.testing.assert_close(got, zoo.lif(x), rtol=0, atol=0)
+
+
+def test_silent_by_default(capfd) -> None:
+    torch.compile(lambda x: zoo.lif(x), backend=backend.snn)(torch.randn(5, 3))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_refusals_are_logged(caplog) -> None:
+    with caplog.at_level(logging.INFO, "snn_compile"):
+        torch.compile(lambda x: numbers_that_change(x), backend=backend.snn)(torch.randn(6, 3))
+    assert "left alone" in caplog.text
+
+
+# ----------------------------------------------------------------------------------------------- the loop that is outside
+
+
+def run_steps(feed_back: bool, steps: int = 8) -> list[str]:
+    def step(x, v):
+        v, s = zoo._step(v, x)
+        return s, v
+
+    compiled = torch.compile(step, backend=backend.snn)
+    v = torch.zeros(5)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            _, new = compiled(torch.randn(5), v)
+            v = new if feed_back else torch.zeros(5)
+    return [str(w.message) for w in caught if "snn_compile" in str(w.message)]
+
+
+def test_loop_outside_warns_once() -> None:
+    found = run_steps(feed_back=True, steps=12)
+    assert len(found) == 1 and "Compile the function that contains the loop" in found[0]
+
+
+def test_state_that_does_not_come_back_does_not_warn() -> None:
+    assert run_steps(feed_back=False) == []
+
+
+def test_loop_inside_does_not_warn() -> None:
+    def run(x, v):
+        out = []
+        for t in range(4):
+            v, s = zoo._step(v, x[t])
+            out.append(s)
+        return torch.stack(out), v
+
+    compiled = torch.compile(run, backend=backend.snn)
+    v = torch.zeros(5)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="snn_compile")
+        for _ in range(6):
+            _, v = compiled(torch.randn(4, 5), v)
