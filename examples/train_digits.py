@@ -156,8 +156,8 @@ def draw(path: Path, model, data, accuracies: list[float], times: dict[str, tupl
     axes[0, 0].set(title=f"spikes for a '{label}' (read as {int(scores.argmax())})", xlabel="step", ylabel="hidden neuron")
     axes[0, 0].set_xlim(-0.5, len(x) - 0.5)
 
-    busiest = int(spikes[:, 0].sum(0).argmax())
-    axes[0, 1].plot(trace[:, 0, busiest], marker="o", label=f"neuron {busiest}")
+    shown = int((spikes[:, 0].mean(0) - 0.4).abs().argmin())  # one that both fires and does not
+    axes[0, 1].plot(trace[:, 0, shown], marker="o", label=f"neuron {shown}")
     axes[0, 1].axhline(1.0, linestyle="--", color="tab:red", label="threshold")
     axes[0, 1].set(title="membrane potential after charging", xlabel="step", ylabel="h")
     axes[0, 1].legend()

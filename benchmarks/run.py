@@ -1,0 +1,20 @@
+"""All benchmarks, each in its own process: ``make bench``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+NAMES = ("first_call", "lif_training")
+
+
+def main() -> None:
+    for name in sys.argv[1:] or NAMES:
+        print(f"\n## {name}\n", flush=True)
+        subprocess.run([sys.executable, str(HERE / f"{name}.py")], check=True)
+
+
+if __name__ == "__main__":
+    main()
