@@ -4,7 +4,6 @@ from snn_compile._version import __version__
 from snn_compile.config import options
 from snn_compile.errors import OptionError, Rejection, SnnCompileError
 from snn_compile.explain import Explanation, explain
-from snn_compile.explain import Explanation, explain
 
 __all__ = ["Explanation", "OptionError", "Rejection", "SnnCompileError", "__version__", "explain", "options"]
 

@@ -52,7 +52,7 @@ def _rewrite(gm: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, Report
         counters["snn_compile"]["pass_failures"] += 1
         if config.strict:
             raise
-        log.exception("internal failure: this graph goes to Inductor as it is. Please report it with the graph:\n%s", gm.graph)
+        log.exception("internal failure: this graph goes to Inductor as it is. Please report it with it:\n%s", gm.graph)
         return gm, None
     for rejection in report.rejections:
         log.info("left alone: %s", rejection)

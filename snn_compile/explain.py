@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 from snn_compile import backend
 from snn_compile.errors import Rejection
-from snn_compile.ir.equations import equations, is_affine, nice_name, op_name, surrogate
+from snn_compile.ir.equations import equations, is_affine, nice_name, op_name, results, surrogate
 from snn_compile.ir.loop import Loop
 from snn_compile.ir.recurrence import Recurrence
 from snn_compile.ir.values import user_location
@@ -24,11 +24,11 @@ from snn_compile.pipeline import Report, kernel_texts_for_logs
 #: (fragment of a reason, what to change): for refusals that come without a hint of their own.
 HINTS = (
     ("a Python number changes", "put the numbers into a tensor before the loop and read it with [t]"),
-    ("not pointwise", "only elementwise updates of a state become a kernel; move sums, matmuls and indexing out of the state"),
+    ("not pointwise", "only elementwise updates of a state become a kernel; move sums and matmuls out of the state"),
     ("no pointwise kernel can hold", "write the step with elementwise operations, or move this call out of the loop"),
     ("another tensor in every step", "stack the tensors before the loop and read the stack with [t]"),
-    ("do not follow one rule", "make every iteration run the same operations: no if on t, no lists of modules indexed by t"),
-    ("nothing is carried", "no state passes from step to step, so it is not a time loop: apply it to all steps at once"),
+    ("do not follow one rule", "make every iteration run the same operations: no `if` on t, no list indexed by t"),
+    ("nothing is carried", "no state passes from step to step: apply it to all steps at once"),
     ("moves with t", "read one step at a time, x[t]"),
     ("complex dtype", "keep real and imaginary parts in two real tensors"),
 )
@@ -77,7 +77,7 @@ class Explanation:
 
     def _is_noise(self, rejection: Rejection, lines: set[str]) -> bool:
         look_alike = _LOOK_ALIKE.match(rejection.reason)
-        if look_alike and (int(look_alike[1]) <= 2 or self.loops and rejection.location in lines):
+        if look_alike and (int(look_alike[1]) <= 2 or (self.loops and rejection.location in lines)):
             return True
         if not self.loops:
             return False
@@ -101,14 +101,14 @@ class Explanation:
         found = len(self.recurrences)
         if found:
             return f"snn_compile: {_count(found, 'recurrence')} compiled, from {_count(len(self.loops), 'time loop')}"
-        advice = "see below" if rejections or self.graph_breaks else (
-            "the function must hold the loop over time itself, with a state that passes from step to step:\n"
-            "  for t in range(len(x)): v, s = step(v, x[t])"
-        )
+        advice = "see below"
+        if not rejections and not self.graph_breaks:
+            advice = "the function must hold the loop over time itself, with a state that passes from step to step:\n"
+            advice += "  for t in range(len(x)): v, s = step(v, x[t])"
         return f"snn_compile: no time loop was compiled; {advice}"
 
 
-# ------------------------------------------------------------------------------------------------------------- the report
+# --------------------------------------------------------------------------------------------------------- the report
 
 
 def describe(recurrence: Recurrence) -> str:
@@ -178,7 +178,8 @@ def _lanes(example: Tensor) -> int:
 
 def _fused(recurrence: Recurrence) -> str:
     ops = [n for n in recurrence.step.graph.nodes if n.op == "call_function"]
-    totals = [c for c, v in zip(recurrence.carries, recurrence.step.graph.output_node().args[0]) if _accumulates(recurrence, c, v)]  # type: ignore[arg-type]
+    pairs = zip(recurrence.carries, results(recurrence.step), strict=False)
+    totals = [c for c, value in pairs if _accumulates(recurrence, c, value)]
     text = f"{_count(len(ops), 'op')} a step in one kernel"
     if totals:
         text += f"; {', '.join(nice_name(c.name) for c in totals)} summed in it, not stored step by step"
@@ -209,7 +210,7 @@ def _count(n: int, what: str) -> str:
     return f"{n} {what}" + ("" if n == 1 else "s")
 
 
-# --------------------------------------------------------------------------------------------------------------- running
+# ------------------------------------------------------------------------------------------------------------ running
 
 
 def explain(fn: Callable[..., object], **options: object) -> Callable[..., Explanation]:
@@ -235,7 +236,7 @@ def explain(fn: Callable[..., object], **options: object) -> Callable[..., Expla
                 torch.compile(target, backend=collect)(*args, **kwargs)
         finally:
             # by identity: two explanations may run at once
-            backend.listeners[:] = [l for l in backend.listeners if getattr(l, "__self__", None) is not reports]
+            backend.listeners[:] = [f for f in backend.listeners if getattr(f, "__self__", None) is not reports]
         return _explanation(reports, _graph_breaks(reasons, before))
 
     return run
@@ -256,15 +257,15 @@ def _original(fn: Callable[..., object]) -> Callable[..., object]:
 def _put_back(target: object) -> Iterator[None]:
     """A run inside leaves the module and the random state as they were."""
     modules = list(target.modules()) if isinstance(target, nn.Module) else []
-    saved = [{k: dict(v) if type(v) is dict else v for k, v in vars(m).items()} for m in modules]
+    saved = [[(d, dict(d)) for d in (vars(m), *vars(m).values()) if type(d) is dict] for m in modules]
     buffers = [(b, b.detach().clone()) for m in modules for b in m._buffers.values() if b is not None]
     try:
         with torch.random.fork_rng():
             yield
     finally:
-        for module, state in zip(modules, saved, strict=True):
-            vars(module).clear()
-            vars(module).update(state)
+        for owner, state in (pair for pairs in saved for pair in pairs):
+            owner.clear()
+            owner.update(state)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

@@ -1,4 +1,4 @@
-"""One warning where the time loop lies outside of the compiled function, one step a call: there is no loop to compile then."""
+"""One warning where the time loop lies outside of the compiled function, so that there is no loop to compile."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def _shape(node: fx.Node) -> tuple[object, ...] | None:
 
 def _fires(node: fx.Node) -> bool:
     name = getattr(node.target, "__name__", str(node.target))
-    return node.op in ("call_function", "call_method") and (name in STEPS or "autograd" in name or name.endswith("_spike"))
+    is_step = name in STEPS or "autograd" in name or name.endswith("_spike")
+    return is_step and node.op in ("call_function", "call_method")
 
 
 class OuterLoopWatch:

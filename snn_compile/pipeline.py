@@ -16,13 +16,13 @@ from torch._logging import getArtifactLogger
 
 from snn_compile.config import Config
 from snn_compile.errors import Reject, Rejection
-from snn_compile.ir.loop import Loop
 from snn_compile.ir.equations import equations
+from snn_compile.ir.loop import Loop
 from snn_compile.ir.recurrence import Recurrence, TimeSeries
 from snn_compile.ir.values import example, shape_hint
+from snn_compile.lowering import ops, targets
 from snn_compile.lowering.kernel_texts import kernel_texts
 from snn_compile.lowering.launch import Direction
-from snn_compile.lowering import ops, targets
 from snn_compile.lowering.lower_loops import lower_loop, make_recurrence
 from snn_compile.passes.batch_time import batch_time
 from snn_compile.passes.classify import classify
@@ -232,7 +232,8 @@ def _describe(recurrence: Recurrence, call: fx.Node, loop: Loop, target: str) ->
     """What reports and the comments of kernels say about it."""
     operands = [example(a) for a in call.args]
     recurrence.meta |= {"steps": loop.length, "target": target, "operands": operands}
-    sizes = [s[1:] if isinstance(o, TimeSeries) else s for o, s in zip(_specs(recurrence), map(shape_hint, operands))]
+    shapes = zip(_specs(recurrence), map(shape_hint, operands), strict=True)
+    sizes = [s[1:] if isinstance(o, TimeSeries) else s for o, s in shapes]
     recurrence.meta["shape"] = tuple(torch.broadcast_shapes(*sizes))
     recurrence.equations = tuple(map(str, equations(recurrence)))
 

@@ -154,7 +154,7 @@ def test_compiled_function_is_reported_and_not_compiled_again() -> None:
     assert len(compiles) == 1 and not backend.listeners
 
 
-# ------------------------------------------------------------------------------------------------ counters, dump and logs
+# ------------------------------------------------------------------------------------------- counters, dump and logs
 
 
 def test_all_counters_are_there() -> None:
@@ -164,7 +164,8 @@ def test_all_counters_are_there() -> None:
 
 
 def test_dump(tmp_path) -> None:
-    torch.compile(lambda x: zoo.lif(x), backend=backend.snn, options={"dump": str(tmp_path)})(torch.randn(5, 3, requires_grad=True))
+    compiled = torch.compile(lambda x: zoo.lif(x), backend=backend.snn, options={"dump": str(tmp_path)})
+    compiled(torch.randn(5, 3, requires_grad=True))
     names = sorted(p.name for p in tmp_path.iterdir())
     assert any("0_dynamo" in n for n in names) and any("distribute" in n for n in names)
     kernels = [p for p in tmp_path.iterdir() if "kernel_loop_0" in p.name]
@@ -175,7 +176,8 @@ def test_dump(tmp_path) -> None:
 def test_dump_that_cannot_be_written_stops_nothing(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     x = torch.randn(5, 3)
-    got = torch.compile(lambda x: zoo.lif(x), backend=backend.snn, options={"dump": str(tmp_path / "file" / "d"), "strict": True})(x)
+    options = {"dump": str(tmp_path / "file" / "d"), "strict": True}
+    got = torch.compile(lambda x: zoo.lif(x), backend=backend.snn, options=options)(x)
     torch.testing.assert_close(got, zoo.lif(x), rtol=0, atol=0)
 
 
@@ -190,7 +192,7 @@ def test_refusals_are_logged(caplog) -> None:
     assert "left alone" in caplog.text
 
 
-# ----------------------------------------------------------------------------------------------- the loop that is outside
+# ------------------------------------------------------------------------------------------ the loop that is outside
 
 
 def run_steps(feed_back: bool, steps: int = 8) -> list[str]:

@@ -126,7 +126,7 @@ def spike_of_state(recurrence: Recurrence) -> list[Fire]:
     return [f for f in find_fires(recurrence.step) if f.argument in varying]
 
 
-# ----------------------------------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------------------------------------- names
 
 
 _GENERIC = frozenset(
@@ -167,7 +167,7 @@ class _Names:
         return f"{wanted[-1]}{count}"
 
 
-# ---------------------------------------------------------------------------------------------------------------- infix
+# ---------------------------------------------------------------------------------------------------- infix
 
 
 def number(value: object) -> str:
@@ -254,14 +254,13 @@ class Infix:
             return number(constants[name]), _ATOM
         if name in ("full_like", "full", "scalar_tensor", "new_full"):
             return self._render(args[{"scalar_tensor": 0, "new_full": 2}.get(name, 1)])
-        keywords = [
-            f"{k}={self.text(v)}" for k, v in node.kwargs.items() if isinstance(v, (int, float, fx.Node)) and v is not None
-        ]
+        given = {k: v for k, v in node.kwargs.items() if isinstance(v, (int, float, fx.Node))}
+        keywords = [f"{k}={self.text(v)}" for k, v in given.items()]
         operands = [self.text(a) for a in args if a is not None]
         return f"{name}({', '.join(operands + keywords)})", _ATOM
 
 
-# ---------------------------------------------------------------------------------------------------------------- lines
+# ---------------------------------------------------------------------------------------------------- lines
 
 
 class _Writer:
@@ -313,7 +312,8 @@ class _Writer:
             self.roles[node] = role
 
     def _name_outputs(self) -> None:
-        for spec, value in zip(self.recurrence.ys, results(self.recurrence.step)[len(self.recurrence.carries) :], strict=True):
+        values = results(self.recurrence.step)[len(self.recurrence.carries) :]
+        for spec, value in zip(self.recurrence.ys, values, strict=True):
             if isinstance(value, fx.Node) and value not in self.names:
                 own = nice_name(spec.name)
                 self.names[value] = self._unique.unique(*([] if is_generic(own) else [own]), "y")
@@ -332,9 +332,8 @@ class _Writer:
                 self.names[node] = self._unique.unique(*([] if is_generic(own) else [own, f"{own}_"]), "a")
 
     def equations(self) -> list[Equation]:
-        lines = [
-            Equation(self.roles.get(n, ""), self.names[n], _cut(self.infix.definition(n))) for n in self.ops if n in self.names
-        ]
+        named = [n for n in self.ops if n in self.names]
+        lines = [Equation(self.roles.get(n, ""), self.names[n], _cut(self.infix.definition(n))) for n in named]
         return lines + [Equation("reset", name, self.names[value]) for name, value in self.aliases]
 
 
@@ -342,7 +341,7 @@ def _cut(text: str) -> str:
     return text if len(text) <= MAX_LINE else text[: MAX_LINE - 1] + "…"
 
 
-# ------------------------------------------------------------------------------------------------------------- surrogate
+# ---------------------------------------------------------------------------------------------------------- surrogate
 
 
 def surrogate(recurrence: Recurrence) -> str | None:
@@ -406,7 +405,7 @@ class _Slope:
                 break
             if self._is_cut(node, inside, start):
                 best = factor
-                if len([u for u in node.users if u in inside or u.op == "output"]) > 1 or any(u.op == "output" for u in node.users):
+                if any(u.op == "output" for u in node.users) or len(set(node.users) & inside) > 1:
                     break
         return best or None
 
@@ -440,9 +439,10 @@ class _Slope:
 
     def _towards_charge(self) -> set[fx.Node]:
         """What leads to gradients of states and inputs (a learnable alpha's own gradient is another story)."""
-        wanted = self.recurrence.differentiable_carries, [x for x in self.recurrence.xs if x.needs_grad]
+        assert self.recurrence.backward is not None
+        wanted = len(self.recurrence.differentiable_carries) + sum(x.needs_grad for x in self.recurrence.xs)
         found: set[fx.Node] = set()
-        frontier = [r for r in results(self.recurrence.backward)[: sum(map(len, wanted))] if isinstance(r, fx.Node)]  # type: ignore[arg-type]
+        frontier = [r for r in results(self.recurrence.backward)[:wanted] if isinstance(r, fx.Node)]
         while frontier:
             node = frontier.pop()
             if node not in found:
@@ -485,8 +485,9 @@ class _Slope:
         if name == "_to_copy":
             return parts[0]
         if name == "where":
-            condition, other = self.infix.text(args[0]), [p or "1" if p is not None else self.infix.text(a) for p, a in zip(parts, args)]
-            return f"where({condition}, {other[1]}, {other[2]})"
+            pairs = zip(parts, args, strict=True)
+            condition, yes, no = [self.infix.text(a) if p is None else p or "1" for p, a in pairs]
+            return f"where({condition}, {yes}, {no})"
         left, right = parts[0], parts[1]
         if name in ("add", "sub"):
             terms = [f"({p or 1})" for p in (left, right) if p is not None]
@@ -528,7 +529,7 @@ def _expression_keys(gm: fx.GraphModule) -> dict[fx.Node, int]:
     return keys
 
 
-# ---------------------------------------------------------------------------------------------------------------- sympy
+# ---------------------------------------------------------------------------------------------------- sympy
 
 
 def is_affine(recurrence: Recurrence) -> bool | None:
