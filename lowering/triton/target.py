@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -156,6 +156,7 @@ def _is_aligned(value: Tensor | int) -> bool:
     return (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0
 
 
+@cache
 def compile_options(hip: bool | None = None) -> dict[str, Any]:
     """No contraction, and denormals kept inside of the mathematical functions: both as in eager's kernels."""
     hip = torch.version.hip is not None if hip is None else hip
@@ -170,5 +171,6 @@ def compile_options(hip: bool | None = None) -> dict[str, Any]:
     return options
 
 
+@cache
 def warp_size(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32

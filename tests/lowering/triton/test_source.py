@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ import torch
 from snn_compile.ir.recurrence import Recurrence
 from snn_compile.lowering.layout import Layout
 from snn_compile.lowering.triton.codegen import generate
+from snn_compile.lowering.triton.load import load_module
 from snn_compile.lowering.triton.names import Names, comment, identifier
 from tests.lowering.triton.cases import CASES, recurrence
 
@@ -226,6 +228,19 @@ def test_user_text_stays_what_it_is(text):
 def _calls(tree: ast.AST) -> list[str]:
     functions = [n.func for n in ast.walk(tree) if isinstance(n, ast.Call)]
     return sorted(f.attr if isinstance(f, ast.Attribute) else ast.unparse(f) for f in functions)
+
+
+@pytest.mark.parametrize("error", [PermissionError, AttributeError, OSError(28, "no space left")])
+def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, error):
+    pytest.importorskip("triton")
+
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr("torch._inductor.codecache.PyCodeCache.load", fail)
+    source = generate(named_lif(), "forward", Layout(1, (1,) * 4)).source
+    function = load_module(source).lif_forward
+    assert "def lif_forward(" in inspect.getsource(function.fn)
 
 
 def test_names_are_unique():
