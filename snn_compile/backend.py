@@ -42,7 +42,7 @@ def snn(
         gm, report = _rewrite(gm, config)
         stepwise = report is not None and holds_no_loop(report.loops, report.rejections) and feeds_back(gm)
     compiled = compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[arg-type]
-    return OuterLoopWatch(compiled) if stepwise else compiled  # type: ignore[return-value]
+    return OuterLoopWatch(compiled) if stepwise else compiled  # type: ignore[return-value, arg-type]
 
 
 def _rewrite(gm: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, Report | None]:
@@ -52,7 +52,8 @@ def _rewrite(gm: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, Report
         counters["snn_compile"]["pass_failures"] += 1
         if config.strict:
             raise
-        log.exception("internal failure: this graph goes to Inductor as it is. Please report it with it:\n%s", gm.graph)
+        text = "internal failure: this graph goes to Inductor as it is. Please report it with the graph:\n%s"
+        log.exception(text, gm.graph)
         return gm, None
     for rejection in report.rejections:
         log.info("left alone: %s", rejection)

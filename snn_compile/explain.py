@@ -140,7 +140,8 @@ def _analysis(recurrence: Recurrence) -> list[str]:
     forward, backward = traffic(recurrence)
     moved = f"{forward:g} bytes forward" + (f", {backward:g} backward" if recurrence.backward is not None else "")
     lines.append(f"  {'memory':12} {moved}, per lane and step")
-    lines.append(f"  {'target':12} {recurrence.meta.get('target', '?')}{'' if recurrence.backward else ', forward only'}")
+    only = "" if recurrence.backward is not None else ", forward only"
+    lines.append(f"  {'target':12} {recurrence.meta.get('target', '?')}{only}")
     lines.append(f"  {'fused':12} {_fused(recurrence)}")
     return lines
 
@@ -152,7 +153,7 @@ def _name(spec: object) -> str:
 
 
 def _dtype(recurrence: Recurrence) -> str:
-    dtypes = dict.fromkeys(s.dtype for s in (*recurrence.carries, *recurrence.xs))
+    dtypes = dict.fromkeys([c.dtype for c in recurrence.carries] + [x.dtype for x in recurrence.xs])
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
 
 
@@ -216,8 +217,8 @@ def _count(n: int, what: str) -> str:
 def explain(fn: Callable[..., object], **options: object) -> Callable[..., Explanation]:
     """``explain(fn)(*args, **kwargs) -> Explanation``: compile `fn` for these arguments and say what became of it.
 
-    `fn` is a function or a module, compiled already or not; `options` are those of ``torch.compile(options=...)``. It is run
-    once; a module's attributes and buffers and the random state are put back afterwards.
+    `fn` is a function or a module, compiled already or not; `options` are those of ``torch.compile(options=...)``. It is
+    run once; a module's attributes and buffers and the random state are put back afterwards.
     """
 
     def run(*args: object, **kwargs: object) -> Explanation:
@@ -314,6 +315,6 @@ def _explanation(reports: list[Report], graph_breaks: list[GraphBreak]) -> Expla
             if (r.reason, r.location) not in seen:
                 seen.add((r.reason, r.location))
                 made.rejections.append(r)
-    for r in made.recurrences:
-        made.kernels += [(r.name, direction, text) for direction, text in kernel_texts_for_logs(r)]
+    for recurrence in made.recurrences:
+        made.kernels += [(recurrence.name, direction, text) for direction, text in kernel_texts_for_logs(recurrence)]
     return made

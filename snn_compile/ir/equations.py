@@ -4,8 +4,8 @@
     s = H(h - 1)             fire:   the spike; H(u) is 1 where u >= 0, else 0
     v' = h*(1 - s)           reset:  the next state
 
-This is text and analysis, never arithmetic: kernels are generated from the graph itself. `equations` is cheap (no sympy);
-`is_affine` and `surrogate` simplify with sympy, which is imported when they are called and given up after a time cap.
+This is text and analysis, never arithmetic: kernels are generated from the graph itself. `equations` is cheap (no
+sympy); `is_affine` and `surrogate` simplify with sympy, which is imported when they are called and given up after a time cap.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -73,7 +74,7 @@ def op_name(node: object) -> str:
     return target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else str(target)
 
 
-def results(gm: fx.GraphModule) -> list[object]:
+def results(gm: fx.GraphModule) -> list[Any]:
     return list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
 
 
@@ -99,7 +100,7 @@ def _chooses_numbers(node: fx.Node) -> bool:
     return op_name(node) == "where" and all(not isinstance(a, fx.Node) or not a.all_input_nodes for a in node.args[1:])
 
 
-def _fire(spike: fx.Node, compared: fx.Node, left: fx.Node, right: object) -> Fire:
+def _fire(spike: fx.Node, compared: fx.Node, left: Any, right: object) -> Fire:
     charge = left
     if right == 0 and op_name(left) == "sub" and isinstance(left.args[0], fx.Node):
         charge = left.args[0]
@@ -143,6 +144,10 @@ def nice_name(name: str) -> str:
     if found and found[1]:
         base = re.split(r"_(?:parameters|buffers)_|^self_", found[1])[-1].strip("_") or base
     return base
+
+
+def _specs(recurrence: Recurrence) -> list[Any]:
+    return [*recurrence.carries, *recurrence.xs, *recurrence.consts]
 
 
 def is_generic(name: str) -> bool:
@@ -203,7 +208,7 @@ class Infix:
         return self._memo[value]
 
     def _op(self, node: fx.Node) -> tuple[str, int]:
-        name, args = op_name(node), list(node.args)
+        name, args = op_name(node), list[Any](node.args)
         if name == "rsub":
             name, args = "sub", [args[1], args[0], *args[2:]]
         alpha = node.kwargs.get("alpha", args[2] if name in ("add", "sub") and len(args) > 2 else 1)
@@ -223,7 +228,7 @@ class Infix:
             return f"1/{self.text(args[0], _POWER)}", _PRODUCT
         return self._call(node, name, args)
 
-    def _infix(self, name: str, args: list[object]) -> tuple[str, int]:
+    def _infix(self, name: str, args: list[Any]) -> tuple[str, int]:
         sign, level = _INFIX[name]
         if name == "mul" and not isinstance(args[1], fx.Node):
             args = args[1::-1]
@@ -248,7 +253,7 @@ class Infix:
             return f"[{self.text(source)}]", _ATOM
         return self._render(source)
 
-    def _call(self, node: fx.Node, name: str, args: list[object]) -> tuple[str, int]:
+    def _call(self, node: fx.Node, name: str, args: list[Any]) -> tuple[str, int]:
         constants = {"zeros_like": 0, "ones_like": 1, "zeros": 0, "ones": 1, "new_zeros": 0, "new_ones": 1}
         if name in constants:
             return number(constants[name]), _ATOM
@@ -285,7 +290,7 @@ class _Writer:
 
     def _name_operands(self) -> None:
         r = self.recurrence
-        for node, spec in zip(self.placeholders, (*r.carries, *r.xs, *r.consts), strict=True):
+        for node, spec in zip(self.placeholders, _specs(r), strict=True):
             name = nice_name(spec.name)
             self.names[node] = self._unique.unique("state" if isinstance(spec, Carry) and is_generic(name) else name)
 
@@ -345,8 +350,8 @@ def _cut(text: str) -> str:
 
 
 def surrogate(recurrence: Recurrence) -> str | None:
-    """The slope of the spike as an expression of its argument ``u``: the factor of the spike's cotangent in the backward
-    graph. `None` where no gradient passes the spike."""
+    """The slope of the spike as an expression of its argument ``u``: the factor of the spike's cotangent in the
+    backward graph. `None` where no gradient passes the spike."""
     fires = spike_of_state(recurrence)
     if not fires or recurrence.backward is None:
         return None
@@ -410,7 +415,7 @@ class _Slope:
         return best or None
 
     def _start(self) -> fx.Node | None:
-        """The spike's cotangent: what is first multiplied by a function of the argument, before numbers that scale it."""
+        """The spike's cotangent: what is first multiplied by a function of the argument, before numbers scale it."""
         for node in self.nodes:
             if op_name(node) not in ("mul", "div", "where") or node not in self.flow:
                 continue
@@ -427,14 +432,14 @@ class _Slope:
         if op_name(top) in ("add", "sub"):
             return top
         if top in self.cotangents:
-            named = [*self.recurrence.differentiable_carries, *self.recurrence.differentiable_ys]
+            named: list[Any] = [*self.recurrence.differentiable_carries, *self.recurrence.differentiable_ys]
             value = self._result_of(named[self.cotangents.index(top)].name)
             if value is self.fire.spike or self.fire.spike in getattr(value, "all_input_nodes", ()):
                 return top
         return node
 
     def _result_of(self, name: str) -> object:
-        specs = [*self.recurrence.carries, *self.recurrence.ys]
+        specs: list[Any] = [*self.recurrence.carries, *self.recurrence.ys]
         return next(r for s, r in zip(specs, results(self.recurrence.step), strict=True) if s.name == name)
 
     def _towards_charge(self) -> set[fx.Node]:
@@ -451,13 +456,14 @@ class _Slope:
         return found
 
     def _name_leaves(self) -> None:
-        operands = [*self.recurrence.carries, *self.recurrence.xs, *self.recurrence.consts]
+        operands = _specs(self.recurrence)
         for node, spec in zip((n for n in self.nodes if n.op == "placeholder"), operands, strict=False):
             self.infix.names.setdefault(node, nice_name(spec.name))
 
     def _merges(self, node: fx.Node, factors: dict[fx.Node, str]) -> bool:
         """A sum with a cotangent that came another way: the charge's own."""
-        return op_name(node) in ("add", "sub") and any(i in self.flow and i not in factors for i in node.all_input_nodes)
+        others = [i for i in node.all_input_nodes if i in self.flow and i not in factors]
+        return op_name(node) in ("add", "sub") and bool(others)
 
     def _is_cut(self, node: fx.Node, inside: set[fx.Node], start: fx.Node) -> bool:
         """Every path from the spike's cotangent to a gradient runs through `node`."""
