@@ -4,8 +4,9 @@
     s = H(h - 1)             fire:   the spike; H(u) is 1 where u >= 0, else 0
     v' = h*(1 - s)           reset:  the next state
 
-This is text and analysis, never arithmetic: kernels are generated from the graph itself. `equations` is cheap (no
-sympy); `is_affine` and `surrogate` simplify with sympy, which is imported when they are called and given up after a time cap.
+This is text and analysis, never arithmetic: kernels are generated from the graph itself. `equations` is cheap and needs
+no sympy; `is_affine` and `surrogate` simplify with sympy, which is imported when they are called and given up after a
+time cap.
 """
 
 from __future__ import annotations
