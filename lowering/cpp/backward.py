@@ -9,10 +9,13 @@ Only what the gradient reads is recorded, and only what the recorded states come
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from torch import fx
 
 from snn_compile.ir.recurrence import Recurrence
-from snn_compile.lowering.cpp.emit import needed, results
+from snn_compile.lowering.cpp.cut import values_to_record
+from snn_compile.lowering.cpp.emit import Emitter, needed, results, wanted_name
 from snn_compile.lowering.cpp.literals import HELD, held_bytes
 from snn_compile.lowering.cpp.names import Names
 from snn_compile.lowering.cpp.region import Invariants, Region
@@ -32,18 +35,22 @@ class _Backward:
         self.writer = writer = Writer(recurrence, "backward", layout)
         self.tensors = writer.tensors
         self.differentiable = [i for i, c in enumerate(recurrence.carries) if c.differentiable]
-        everything = range(len(results(recurrence.backward.graph)))
-        self.recorded = _states_read(recurrence, recurrence.backward.graph, everything)
-        self.replayed = _states_behind(recurrence, self.recorded)
         names = Names()
         operands = [names.unique(o.name) for o in operand_specs(recurrence)]
         cotangents = [names.unique(f"grad_next_{recurrence.carries[i].name}") for i in self.differentiable]
         cotangents += [names.unique(f"grad_{y.name}") for y in recurrence.differentiable_ys]
+        invariants = Invariants(names)
+        pairs = values_to_record(recurrence, operands, operands + cotangents, invariants.numbering)
+        #: what the replay records: the node in the step, in the step's backward, and the name of its arrays
+        self.recorded = [(s, b, self._stem_of_record(s)) for s, b in pairs]
+        self.replayed = _states_behind(recurrence, [s for s, _, _ in self.recorded])
         first_const = len(recurrence.carries) + len(recurrence.xs)
         constants = {first_const + i: tensor for i, tensor in enumerate(self.tensors.consts)}
-        invariants = Invariants(names)
-        self.replay = Region(writer, recurrence.step.graph, self.replayed, operands, constants, invariants)
-        self.step = Region(writer, recurrence.backward.graph, everything, operands + cotangents, constants, invariants)
+        step, backward = recurrence.step.graph, recurrence.backward.graph
+        extra, given = [s for s, _, _ in self.recorded], [b for _, b, _ in self.recorded]
+        self.replay = Region(writer, step, self.replayed, operands, constants, invariants, extra=extra)
+        everything = range(len(results(backward)))
+        self.step = Region(writer, backward, everything, operands + cotangents, constants, invariants, given=given)
 
     def source(self) -> KernelSource:
         writer = self.writer
@@ -61,6 +68,11 @@ class _Backward:
 
     # --------------------------------------------------------------------------------------------------------- scratch
 
+    def _stem_of_record(self, node: fx.Node) -> str:
+        if node.op != "placeholder":
+            return self.writer.stems.unique(wanted_name(node))
+        return self._stem([n for n in node.graph.nodes if n.op == "placeholder"].index(node))
+
     def _stem(self, carry: int) -> str:
         return self.tensors.inits[carry].stem
 
@@ -69,14 +81,16 @@ class _Backward:
         writer = self.writer
         writer.line(f"const int64_t capacity = {'block_rows * block_lanes' if writer.has_rows else 'block_lanes'};")
         writer.line("char* here = scratch + thread * scratch_bytes;")
-        for kind, count, carries in (("record", "segment", self.recorded), ("checkpoint", "segments", self.replayed)):
-            for i in carries:
-                dtype = self.recurrence.carries[i].dtype
-                setattr(writer, f"{kind}_bytes", getattr(writer, f"{kind}_bytes") + held_bytes(dtype))
-                c_type = HELD[dtype]
-                writer.line(f"{c_type}* const {self._stem(i)}_{kind} = reinterpret_cast<{c_type}*>(here);")
-                writer.line(f"here += {count} * capacity * sizeof({c_type});")
+        arrays = [(f"{stem}_record", "segment", node.meta["val"].dtype) for node, _, stem in self.recorded]
+        states = [(f"{self._stem(i)}_checkpoint", self.recurrence.carries[i].dtype) for i in self.replayed]
+        arrays += [(name, "segments", dtype) for name, dtype in states]
+        for name, count, dtype in arrays:
+            c_type = HELD[dtype]
+            writer.line(f"{c_type}* const {name} = reinterpret_cast<{c_type}*>(here);")
+            writer.line(f"here += {count} * capacity * sizeof({c_type});")
         writer.lines.pop()  # nobody reads the end of the last one
+        writer.record_bytes = sum(held_bytes(node.meta["val"].dtype) for node, _, _ in self.recorded)
+        writer.checkpoint_bytes = sum(held_bytes(dtype) for _, dtype in states)
 
     def _copy(self, to: str, source: str) -> None:
         """``to`` and ``source``: templates over the name of the state."""
@@ -165,31 +179,32 @@ class _Backward:
                 self._copy(at_state, at_checkpoint)
             with writer.braces("for (int64_t t = begin; t < stop; ++t)"):
                 self._emit_replayed_step()
+            if not writer.has_rows and any(x.inner == 1 for x in self._series(self.replay, {})):
+                writer.line("const int64_t next_begin = begin > 0 ? begin - segment : 0;")
+                writer.line("const int64_t next_first = begin > 0 ? first : first + block_lanes;")
             with writer.braces("for (int64_t t = stop - 1; replays && t >= begin; --t)"):
                 self._emit_reverse_step()
 
-    def _record(self, carry: int) -> str:
-        return self.writer.here(f"{self._stem(carry)}_then")
-
     def _emit_records(self) -> None:
-        for i in self.recorded:
-            c_type = HELD[self.recurrence.carries[i].dtype]
-            stem = self._stem(i)
+        """Where this step is in the records."""
+        for node, _, stem in self.recorded:
+            c_type = HELD[node.meta["val"].dtype]
             self.writer.line(f"{c_type}* const {stem}_then = {stem}_record + (t - begin) * capacity;")
 
     def _emit_replayed_step(self) -> None:
         writer, recurrence, region = self.writer, self.recurrence, self.replay
         self._emit_records()
-        loads = {i: writer.here(f"{self._stem(i)}_lanes") for i in self.replayed}
+        states = {i: writer.here(f"{self._stem(i)}_lanes") for i in self.replayed}
+        loads = dict(states)
         read = self._series(region, loads)
         with writer.rows([*read, *region.tensors()]):
             emitter = region.emit_rows()
             with writer.lanes():
-                for i in self.recorded:
-                    writer.line(f"{self._record(i)} = {loads[i]};")
                 region.emit_lanes(emitter, loads)
-                for i in self.replayed:
-                    writer.line(f"{loads[i]} = {region.value(emitter, i, recurrence.carries[i].dtype)};")
+                for node, _, stem in self.recorded:
+                    writer.line(f"{writer.here(f'{stem}_then')} = {emitter.values[node].code};")
+                for i, state in states.items():
+                    writer.line(f"{state} = {region.value(emitter, i, recurrence.carries[i].dtype)};")
 
     def _series(self, region: Region, loads: dict[int, str]) -> list[TensorArgument]:
         """Add the loads of the time series; those that the region reads."""
@@ -203,7 +218,12 @@ class _Backward:
     def _emit_reverse_step(self) -> None:
         writer, tensors, region = self.writer, self.tensors, self.step
         self._emit_records()
-        loads = {i: self._record(i) for i in self.recorded}
+        loads: dict[int, str] = {}
+        given = {}
+        for _, node, stem in self.recorded:
+            given[node] = writer.here(f"{stem}_then")
+            if node.op == "placeholder":
+                loads[region.positions[node]] = given[node]
         read = self._series(region, loads)
         cotangent = len(self.recurrence.carries) + len(self.recurrence.xs) + len(self.recurrence.consts)
         for i, carry in enumerate(self.differentiable, cotangent):
@@ -215,12 +235,23 @@ class _Backward:
         with writer.rows([*read, *region.tensors(), *tensors.grad_xs]):
             writer.targets(tensors.grad_xs)
             emitter = region.emit_rows()
-            with writer.lanes():
-                region.emit_lanes(emitter, loads)
+            with writer.lanes(writer.next_rows(self._read_next(read))):
+                region.emit_lanes(emitter, loads, given)
                 self._emit_gradients(emitter)
             writer.stream_rows(tensors.grad_xs)
 
-    def _emit_gradients(self, emitter) -> None:  # type: ignore[no-untyped-def]
+    def _read_next(self, read: list[TensorArgument]) -> dict[TensorArgument, str]:
+        """Where the rows are that are read next: those of the step before, and the inputs of the next replay.
+
+        The walk back is bound by arithmetic, the replay by memory: so the replay's inputs are fetched during the walk.
+        """
+        addresses = {tensor: f"{tensor.row} - {tensor.prefix}_stride_t" for tensor in read}
+        for x in self._series(self.replay, {}):
+            step = f"(next_begin + stop - 1 - t) * {x.prefix}_stride_t"
+            addresses.setdefault(x, f"{x.pointer} + {step} + next_first")
+        return addresses
+
+    def _emit_gradients(self, emitter: Emitter) -> None:
         writer, tensors, region, recurrence = self.writer, self.tensors, self.step, self.recurrence
         for result, carry in enumerate(self.differentiable):
             value = region.value(emitter, result, recurrence.carries[carry].dtype)
@@ -238,19 +269,19 @@ class _Backward:
 # ------------------------------------------------------------------------------------------------------ graph analysis
 
 
-def _states_read(recurrence: Recurrence, graph: fx.Graph, wanted) -> list[int]:  # type: ignore[no-untyped-def]
-    """The carries whose value before the step these results depend on."""
-    returned = results(graph)
-    live = set(needed(graph, [returned[i] for i in wanted]))
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+def _states_read(recurrence: Recurrence, wanted: Iterable[object]) -> list[int]:
+    """The carries whose value before the step these values of the step depend on."""
+    live = set(needed(recurrence.step.graph, wanted))
+    placeholders = [n for n in recurrence.step.graph.nodes if n.op == "placeholder"]
     return [i for i in range(len(recurrence.carries)) if placeholders[i] in live]
 
 
-def _states_behind(recurrence: Recurrence, states: list[int]) -> list[int]:
-    """`states` and the carries that they are computed from, at any step."""
-    found = set(states)
+def _states_behind(recurrence: Recurrence, values: Sequence[fx.Node]) -> list[int]:
+    """The carries that `values` are computed from, at this step and those before."""
+    returned = results(recurrence.step.graph)
+    found: list[int] = []
     while True:
-        more = found | set(_states_read(recurrence, recurrence.step.graph, sorted(found)))
+        more = _states_read(recurrence, [*values, *(returned[i] for i in found)])
         if more == found:
-            return sorted(found)
+            return found
         found = more

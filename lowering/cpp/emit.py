@@ -69,7 +69,7 @@ class Emitter:
         for node in nodes:
             text = self._expression(node)
             if node in kept or not self._is_inlined(node, text):
-                name = self.names.unique(_wanted_name(node))
+                name = self.names.unique(wanted_name(node))
                 lines.append(f"const {HELD[text.dtype]} {name} = {text.code};")
                 text = Text(name, text.dtype)
             self.values[node] = text
@@ -200,7 +200,7 @@ def _is_named_by_user(node: fx.Node) -> bool:
     return bool(name) and name not in _NAMES_OF_OPS
 
 
-def _wanted_name(node: fx.Node) -> str:
+def wanted_name(node: fx.Node) -> str:
     return node.meta.get("user_name") or node.name.strip("_")
 
 

@@ -53,7 +53,7 @@ def _emit_step(writer: Writer, region: Region, states: list[str]) -> None:
     with writer.rows([*read, *region.tensors(), *tensors.ys]):
         writer.targets(tensors.ys)
         emitter = region.emit_rows()
-        with writer.lanes():
+        with writer.lanes(writer.next_rows({x: f"{x.row} + {x.prefix}_stride_t" for x in read})):
             region.emit_lanes(emitter, loads)
             for i, (state, carry) in enumerate(zip(states, recurrence.carries, strict=True)):
                 writer.line(f"{writer.here(state)} = {region.value(emitter, i, carry.dtype)};")

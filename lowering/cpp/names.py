@@ -25,14 +25,15 @@ _OURS = words("""
     steps t lane lanes first size block blocks block_lanes rows row first_row end_row block_rows row_blocks
     lane_blocks at end capacity threads thread streaming stream scratch scratch_bytes here visit replays segment
     segments begin stop number LANES min max exp log sin cos tanh erf erfc pow atan expm1 log1p sigmoid
-    integer_power vexp vexpm1 vlog vlog1p vtanh sigmoid_of_one vsin vcos vatan verf verfc vpow
+    integer_power vexp vexpm1 vlog vlog1p vtanh vsin vcos
+    vatan verf verfc vpow sigmoid_of_one start prefetch next_begin next_first
 """)
 
 RESERVED = _KEYWORDS | _OURS
 
 #: A value `x` has `x_data`, `x_row`, `x_stride_t`... beside it, so no value may end like that.
 _DERIVED = re.compile(
-    r".*_(data|row|lanes|init|final|record|checkpoint|sum|stage|to|then|bf16|fp16|(stride|size|at)_\w+)|(size|at)_\d+"
+    r".*_(data|row|lanes|init|final|record|checkpoint|sum|stage|to|then|next|bf16|fp16|(stride|size|at)_\w+)|(size|at)_\d+"
 )
 
 _LONGEST = 40

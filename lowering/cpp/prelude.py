@@ -132,6 +132,11 @@ HELPERS: dict[str, Helper] = {
 static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 """),
     "stream": Helper(_STREAM),
+    "prefetch": Helper("""
+static inline void prefetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
+}
+"""),
     "integer_power": Helper("""
 static inline int64_t integer_power(int64_t base, int64_t exponent) {
   if (exponent < 0) return base == 1 ? 1 : base == -1 ? 1 - 2 * (exponent & 1) : 0;

@@ -11,14 +11,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import fx
 
-from snn_compile.lowering.cpp.emit import Emitter, Text, is_expensive, levels, needed, results
+from snn_compile.lowering.cpp.emit import Emitter, Text, is_expensive, levels, needed, results, wanted_name
 from snn_compile.lowering.cpp.literals import HELD
 from snn_compile.lowering.cpp.names import Names
+from snn_compile.lowering.cpp.numbering import Numbering
 from snn_compile.lowering.cpp.tensors import TensorArgument
 from snn_compile.lowering.cpp.writer import Writer
 
 #: Where a value is computed: once a kernel, once a row, once a lane, once a step and lane.
 KERNEL, ROW, LANE, STEP = range(4)
+
+EMPTY: Mapping[fx.Node, str] = {}
 
 
 class Invariants:
@@ -28,20 +31,15 @@ class Invariants:
         self.names = names
         self.values: dict[int, Text] = {}
         self.arrays: dict[int, str] = {}
-        self._numbers: dict[tuple[str, ...], int] = {}
-
-    def number(self, node: fx.Node, name: Mapping[fx.Node, str]) -> int:
-        """Value numbering: equal for nodes of different graphs that stand for the same expression."""
-        if node.op == "placeholder":
-            key: tuple[str, ...] = ("placeholder", name[node])
-        else:
-            args = fx.map_arg((node.args, dict(node.kwargs)), lambda n: f"#{self.number(n, name)}")
-            key = (str(node.target), repr(args))
-        return self._numbers.setdefault(key, len(self._numbers))
+        self.numbering = Numbering()
 
 
 class Region:
-    """See the module's docstring. `names` has the value of each placeholder, `constants` those that all steps share."""
+    """See the module's docstring.
+
+    `wanted` are results of the graph, `extra` more of its nodes. `names` has the value of each placeholder, `constants`
+    those that all steps share. `given` are nodes that are not computed but loaded, as placeholders are.
+    """
 
     def __init__(
         self,
@@ -51,6 +49,8 @@ class Region:
         names: Sequence[str],
         constants: Mapping[int, TensorArgument],
         invariants: Invariants,
+        extra: Sequence[fx.Node] = (),
+        given: Iterable[fx.Node] = (),
     ) -> None:
         self.writer, self.invariants = writer, invariants
         returned = results(graph)
@@ -59,12 +59,15 @@ class Region:
         self.names = dict(zip(placeholders, names, strict=True))
         self.positions = {n: i for i, n in enumerate(placeholders)}
         self.constants = {n: constants[i] for n, i in self.positions.items() if i in constants}
-        nodes = needed(graph, self.results.values())
+        self.extra, self.given = list(extra), set(given)
+        nodes = needed(graph, [*self.results.values(), *extra])
         self.level = levels(nodes, {n: self._level_of(n) for n in placeholders})
         self.hoisted = self._find_hoisted(nodes)
-        self.in_lanes = self._closure(self.results.values())
-        self.kernel_values = {n: Text(self.names[n], n.meta["val"].dtype) for n in self._placeholders(nodes, KERNEL)}
-        self.kernel_nodes = nodes
+        self.in_lanes = self._closure([*self.results.values(), *extra])
+        self.hoisted = [n for n in self.hoisted if n in self.in_lanes]
+        read = {*self.in_lanes, *self._closure(self.hoisted, stop=lambda node: False)}
+        self.kernel_nodes = needed(graph, [n for n in read if self.level[n] == KERNEL])
+        self.kernel_values: dict[fx.Node, Text] = {}
 
     def _level_of(self, placeholder: fx.Node) -> int:
         tensor = self.constants.get(placeholder)
@@ -90,7 +93,7 @@ class Region:
 
     def _closure(self, wanted: Iterable[object], stop: Callable[[fx.Node], bool] | None = None) -> list[fx.Node]:
         """The nodes computed in a lane loop for `wanted`, and the outer values that they read, in order."""
-        stop = stop or (lambda node: node in self.hoisted)
+        stop = stop or (lambda node: node in self.hoisted or node in self.given)
         found: set[fx.Node] = set()
         stack = [n for n in wanted if isinstance(n, fx.Node)]
         while stack:
@@ -102,6 +105,9 @@ class Region:
                 stack += node.all_input_nodes
         return [n for n in self.level if n in found]
 
+    def _number(self, node: fx.Node) -> int:
+        return self.invariants.numbering.number(node, self.names)
+
     def reads(self, position: int) -> bool:
         """Whether the lane loop reads this placeholder."""
         return any(self.positions.get(n) == position for n in self.in_lanes)
@@ -112,15 +118,13 @@ class Region:
         """At the top of the function: numbers and dimensionless tensors."""
         emitter = Emitter(self.invariants.names, self.kernel_values, self.writer.helpers, is_scalar=True)
         for node in self.kernel_nodes:
-            if self.level[node] != KERNEL:
-                continue
-            number = self.invariants.number(node, self.names)
+            number = self._number(node)
             if number in self.invariants.values:
                 self.kernel_values[node] = self.invariants.values[number]
                 continue
             if node.op == "placeholder":
                 tensor = self.constants[node]
-                self.writer.line(f"const {HELD[tensor.dtype]} {self.names[node]} = {tensor.load_from(tensor.pointer)};")
+                self.load(emitter, node, self.names[node], tensor.load_from(tensor.pointer))
             else:
                 read_further_in = any(self.level.get(u, KERNEL) > KERNEL for u in node.users)
                 kept = [node] if read_further_in or node in self.results.values() else []
@@ -129,20 +133,21 @@ class Region:
 
     def emit_hoisted(self) -> None:
         """At the top of a block: the arrays of `hoisted`."""
-        missing = [n for n in self.hoisted if self.invariants.number(n, self.names) not in self.invariants.arrays]
+        arrays = self.invariants.arrays
+        missing = [n for n in self.hoisted if self._number(n) not in arrays]
         if not missing:
             return
         nodes = self._closure(missing, stop=lambda node: False)
         for node in missing:
-            stem = self.writer.stems.unique(self.invariants.names.copy().unique(_name(node)))
+            stem = self.writer.stems.unique(self.invariants.names.copy().unique(wanted_name(node)))
             array = self.writer.array(f"{stem}_lanes", node.meta["val"].dtype)
-            self.invariants.arrays[self.invariants.number(node, self.names)] = array
+            arrays[self._number(node)] = array
         with self.writer.rows(self._tensors(nodes)):
             emitter = self._emit_rows(nodes)
             with self.writer.lanes():
                 self._emit_lanes(emitter, nodes, {}, missing, set())
                 for node in missing:
-                    array = self.invariants.arrays[self.invariants.number(node, self.names)]
+                    array = arrays[self._number(node)]
                     self.writer.line(f"{self.writer.here(array)} = {emitter.values[node].code};")
 
     def tensors(self) -> list[TensorArgument]:
@@ -152,9 +157,12 @@ class Region:
     def emit_rows(self) -> Emitter:
         return self._emit_rows(self.in_lanes)
 
-    def emit_lanes(self, emitter: Emitter, loads: Mapping[int, str]) -> None:
-        """Inside the lane loop: load what changes over time (`loads`, by position) and compute the results."""
-        self._emit_lanes(emitter, self.in_lanes, loads, (), set(self.hoisted))
+    def emit_lanes(self, emitter: Emitter, loads: Mapping[int, str], given: Mapping[fx.Node, str] = EMPTY) -> None:
+        """Inside the lane loop: load what changes over time (`loads` by position, `given`), compute the results."""
+        for node in self.in_lanes:
+            if node in given and node.op != "placeholder":
+                self.load(emitter, node, emitter.names.unique(wanted_name(node)), given[node])
+        self._emit_lanes(emitter, self.in_lanes, loads, self.extra, set(self.hoisted))
 
     def value(self, emitter: Emitter, result: int, dtype) -> str:  # type: ignore[no-untyped-def]
         return emitter.value(self.results[result], dtype)
@@ -165,7 +173,7 @@ class Region:
     def _emit_rows(self, nodes: Sequence[fx.Node]) -> Emitter:
         emitter = Emitter(self.invariants.names.copy(), dict(self.kernel_values), self.writer.helpers)
         for node in self._placeholders(nodes, ROW):
-            self._load(emitter, node, self.constants[node].load())
+            self.load(emitter, node, self.names[node], self.constants[node].load())
         row_nodes = [n for n in nodes if self.level[n] == ROW and n.op != "placeholder"]
         returned = set(self.results.values())
         kept = [n for n in row_nodes if n in returned or any(self.level.get(u, ROW) > ROW for u in n.users)]
@@ -184,21 +192,16 @@ class Region:
             if self.level[node] < LANE or (node.op != "placeholder" and node not in from_arrays):
                 continue
             if node in from_arrays:
-                array = self.invariants.arrays[self.invariants.number(node, self.names)]
-                name = emitter.names.unique(_name(node))
-                self.writer.line(f"const {HELD[node.meta['val'].dtype]} {name} = {self.writer.here(array)};")
-                emitter.values[node] = Text(name, node.meta["val"].dtype)
+                array = self.invariants.arrays[self._number(node)]
+                self.load(emitter, node, emitter.names.unique(wanted_name(node)), self.writer.here(array))
             else:
                 tensor = self.constants.get(node)
-                self._load(emitter, node, tensor.load() if tensor else loads[self.positions[node]])
-        computed = [n for n in nodes if self.level[n] >= LANE and n.op != "placeholder" and n not in from_arrays]
+                self.load(emitter, node, self.names[node], tensor.load() if tensor else loads[self.positions[node]])
+        loaded = from_arrays | self.given
+        computed = [n for n in nodes if self.level[n] >= LANE and n.op != "placeholder" and n not in loaded]
         self.writer.line(*emitter.statements(computed, kept))
 
-    def _load(self, emitter: Emitter, node: fx.Node, code: str) -> None:
+    def load(self, emitter: Emitter, node: fx.Node, name: str, code: str) -> None:
         dtype = node.meta["val"].dtype
-        self.writer.line(f"const {HELD[dtype]} {self.names[node]} = {code};")
-        emitter.values[node] = Text(self.names[node], dtype)
-
-
-def _name(node: fx.Node) -> str:
-    return node.meta.get("user_name") or node.name.strip("_")
+        self.writer.line(f"const {HELD[dtype]} {name} = {code};")
+        emitter.values[node] = Text(name, dtype)

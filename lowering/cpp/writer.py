@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,6 +16,9 @@ from snn_compile.lowering.cpp.prelude import prelude
 from snn_compile.lowering.cpp.tensors import TensorArgument, Tensors, tensors_of
 from snn_compile.lowering.launch import Direction
 from snn_compile.lowering.layout import Layout
+
+#: Lanes between two prefetches: few enough that the fetches overlap with the arithmetic.
+CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -152,10 +155,27 @@ class Writer:
             self.line(f"{tensor.element}* const {tensor.row} = {tensor.row_address()};")
 
     @contextmanager
-    def lanes(self) -> Iterator[None]:
-        self.line("#pragma omp simd")
-        with self.braces("for (int64_t lane = 0; lane < lanes; ++lane)"):
-            yield
+    def lanes(self, prefetched: Sequence[str] = ()) -> Iterator[None]:
+        """The loop over the lanes; in chunks, where something is to be prefetched."""
+        if not prefetched:
+            self.line("#pragma omp simd")
+            with self.braces("for (int64_t lane = 0; lane < lanes; ++lane)"):
+                yield
+            return
+        self.helpers.add("prefetch")
+        with self.braces(f"for (int64_t start = 0; start < lanes; start += {CHUNK})"):
+            self.line(f"const int64_t here = min(start + {CHUNK}, lanes);")
+            self.line(*(f"prefetch({name} + start, {CHUNK} * sizeof(*{name}));" for name in prefetched))
+            self.line("#pragma omp simd")
+            with self.braces("for (int64_t lane = start; lane < here; ++lane)"):
+                yield
+
+    def next_rows(self, addresses: dict[TensorArgument, str]) -> list[str]:
+        """Pointers to what is read next, where that is one run of lanes; for `lanes`."""
+        found = [tensor for tensor in addresses if tensor.inner == 1 and not self.has_rows]
+        for tensor in found:
+            self.line(f"{tensor.element}* const {tensor.prefix}_next = {addresses[tensor]};")
+        return [f"{tensor.prefix}_next" for tensor in found]
 
     def here(self, array: str) -> str:
         """The lane's element of a block's array."""

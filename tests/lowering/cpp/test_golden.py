@@ -72,15 +72,20 @@ extern "C" void lif_forward(
         const float* const x_row = x_data + t * x_stride_t + first;
         float* const s_row = s_data + t * s_stride_t + first;
         float* const s_to = streaming ? s_stage : s_row;
+        const float* const x_next = x_row + x_stride_t;
+        for (int64_t start = 0; start < lanes; start += 256) {
+          const int64_t here = min(start + 256, lanes);
+          prefetch(x_next + start, 256 * sizeof(*x_next));
 #pragma omp simd
-        for (int64_t lane = 0; lane < lanes; ++lane) {
-          const float v = v_lanes[lane];
-          const float x = x_row[lane];
-          const float h = v + (x - v) / 2.0f;
-          const float s = float(h - 1.0f >= 0.0f);
-          const float v2 = h * (1.0f - s);
-          v_lanes[lane] = v2;
-          s_to[lane] = s;
+          for (int64_t lane = start; lane < here; ++lane) {
+            const float v = v_lanes[lane];
+            const float x = x_row[lane];
+            const float h = v + (x - v) / 2.0f;
+            const float s = float(h - 1.0f >= 0.0f);
+            const float v2 = h * (1.0f - s);
+            v_lanes[lane] = v2;
+            s_to[lane] = s;
+          }
         }
         if (streaming) {
           stream(s_row, s_stage, lanes * sizeof(float));
@@ -109,6 +114,10 @@ def test_backward() -> None:
 #include <cstdint>
 
 static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline void prefetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
+}
 
 #ifdef SLEEF  // libtorch_cpu holds the vector variants, which eager calls too; the scalar one is a lane of a vector
 extern "C" {
@@ -157,7 +166,7 @@ extern "C" void lif_backward(
   for (int64_t thread = 0; thread < threads; ++thread) {
     const int64_t capacity = block_lanes;
     char* here = scratch + thread * scratch_bytes;
-    float* const v_record = reinterpret_cast<float*>(here);
+    float* const h_record = reinterpret_cast<float*>(here);
     here += segment * capacity * sizeof(float);
     float* const v_checkpoint = reinterpret_cast<float*>(here);
     const int64_t end = blocks * (thread + 1) / threads;
@@ -191,41 +200,47 @@ extern "C" void lif_backward(
           }
         }
         for (int64_t t = begin; t < stop; ++t) {
-          float* const v_then = v_record + (t - begin) * capacity;
+          float* const h_then = h_record + (t - begin) * capacity;
           const float* const x_row = x_data + t * x_stride_t + first;
 #pragma omp simd
           for (int64_t lane = 0; lane < lanes; ++lane) {
-            v_then[lane] = v_lanes[lane];
             const float v = v_lanes[lane];
             const float x = x_row[lane];
             const float h = v + (x - v) / 2.0f;
             const float s = float(h - 1.0f >= 0.0f);
             const float v2 = h * (1.0f - s);
+            h_then[lane] = h;
             v_lanes[lane] = v2;
           }
         }
+        const int64_t next_begin = begin > 0 ? begin - segment : 0;
+        const int64_t next_first = begin > 0 ? first : first + block_lanes;
         for (int64_t t = stop - 1; replays && t >= begin; --t) {
-          float* const v_then = v_record + (t - begin) * capacity;
-          const float* const x_row = x_data + t * x_stride_t + first;
+          float* const h_then = h_record + (t - begin) * capacity;
           const float* const grad_s_row = grad_s_data + t * grad_s_stride_t + first;
           float* const grad_x_row = grad_x_data + t * grad_x_stride_t + first;
           float* const grad_x_to = streaming ? grad_x_stage : grad_x_row;
+          const float* const grad_s_next = grad_s_row - grad_s_stride_t;
+          const float* const x_next = x_data + (next_begin + stop - 1 - t) * x_stride_t + next_first;
+          for (int64_t start = 0; start < lanes; start += 256) {
+            const int64_t here = min(start + 256, lanes);
+            prefetch(grad_s_next + start, 256 * sizeof(*grad_s_next));
+            prefetch(x_next + start, 256 * sizeof(*x_next));
 #pragma omp simd
-          for (int64_t lane = 0; lane < lanes; ++lane) {
-            const float v = v_then[lane];
-            const float x = x_row[lane];
-            const float grad_next_v = grad_v_lanes[lane];
-            const float grad_s = grad_s_row[lane];
-            const float h = v + (x - v) / 2.0f;
-            const float sub1 = h - 1.0f;
-            const float s = float(sub1 >= 0.0f);
-            const float sigmoid_value = sigmoid(sub1 * 4.0f);
-            const float mul5 = (grad_s + (-(grad_next_v * h))) * (1.0f - sigmoid_value) * sigmoid_value;
-            const float add2 = grad_next_v * (1.0f - s) + mul5 * 4.0f;
-            const float div1 = add2 / 2.0f;
-            const float add3 = add2 + (-div1);
-            grad_v_lanes[lane] = add3;
-            grad_x_to[lane] = div1;
+            for (int64_t lane = start; lane < here; ++lane) {
+              const float h = h_then[lane];
+              const float grad_next_v = grad_v_lanes[lane];
+              const float grad_s = grad_s_row[lane];
+              const float sub1 = h - 1.0f;
+              const float s = float(sub1 >= 0.0f);
+              const float sigmoid_value = sigmoid(sub1 * 4.0f);
+              const float mul5 = (grad_s + (-(grad_next_v * h))) * (1.0f - sigmoid_value) * sigmoid_value;
+              const float add2 = grad_next_v * (1.0f - s) + mul5 * 4.0f;
+              const float div1 = add2 / 2.0f;
+              const float add3 = add2 + (-div1);
+              grad_v_lanes[lane] = add3;
+              grad_x_to[lane] = div1;
+            }
           }
           if (streaming) {
             stream(grad_x_row, grad_x_stage, lanes * sizeof(float));
