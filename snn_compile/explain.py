@@ -217,8 +217,8 @@ def _count(n: int, what: str) -> str:
 def explain(fn: Callable[..., object], **options: object) -> Callable[..., Explanation]:
     """``explain(fn)(*args, **kwargs) -> Explanation``: compile `fn` for these arguments and say what became of it.
 
-    `fn` is a function or a module, compiled already or not; `options` are those of ``torch.compile(options=...)``. It is
-    run once; a module's attributes and buffers and the random state are put back afterwards.
+    `fn` is a function or a module, compiled already or not; `options` are those of ``torch.compile(options=...)``. It
+    is run once; a module's attributes and buffers and the random state are put back afterwards.
     """
 
     def run(*args: object, **kwargs: object) -> Explanation:
