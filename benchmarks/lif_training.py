@@ -15,9 +15,10 @@ import subprocess
 import sys
 import time
 
-import snn_compile  # noqa: F401  (registers the backend in a source tree)
 import torch
 from _harness import interleaved, lif_index, lif_unbind, machine, markdown, summary, write
+
+import snn_compile  # noqa: F401  (registers the backend in a source tree)
 
 STEPS = 64
 

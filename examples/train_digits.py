@@ -24,7 +24,7 @@ from tqdm import tqdm
 import snn_compile
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 CLASSES, HIDDEN, BATCH = 10, 128, 64
 

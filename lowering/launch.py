@@ -6,7 +6,7 @@ The same allocation serves the kernels and their fake implementations, so the st
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -122,8 +122,9 @@ def run_backward(
     gradients = [advise(g) for g in allocate_gradients(recurrence, operands, steps)]
     wide, timed = _widen_operands(recurrence, operands, shape)
     outputs = recurrence.differentiable_ys
-    finals = [c for c in recurrence.finals if c.differentiable]
-    for i, spec in enumerate((*outputs, *finals)):
+    finals = tuple(c for c in recurrence.finals if c.differentiable)
+    specs: tuple[Any, ...] = (*outputs, *finals)
+    for i, spec in enumerate(specs):
         ct = cotangents[i]
         is_y = i < len(outputs)
         if ct is None:  # no memory traffic: every stride is zero

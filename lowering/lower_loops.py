@@ -87,7 +87,7 @@ def _inline_constants(call: fx.Node, loop: Loop) -> None:
     placeholders = loop.placeholders()
     first = len(loop.carries) + len(loop.xs)
     operands = dict(zip(placeholders, call.args, strict=True))
-    carried = {p: None for p in placeholders[: len(loop.carries)]}
+    carried = dict.fromkeys(placeholders[:len(loop.carries)])
     for placeholder in inline_creations(loop.body, {**carried, **{p: operands[p] for p in placeholders[first:]}}):
         at = placeholders.index(placeholder)
         loop.body.graph.erase_node(placeholder)

@@ -119,7 +119,7 @@ def is_write(node: fx.Node) -> bool:
     """Whether the node writes into its first operand."""
     if node.op == "call_method":
         name = str(node.target)
-        return name.endswith("_") and not name.endswith("__") or name == "__setitem__"
+        return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
     if node.op != "call_function":
         return False
     if node.target is operator.setitem or node.target in INPLACE_OPERATORS:

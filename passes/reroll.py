@@ -18,6 +18,7 @@ taken in. Nothing is recognised by name; equality of `autograd_function_apply` b
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -592,7 +593,7 @@ class _Plan:
     def _close_carries(self) -> None:
         """The next value of each carry: the producer's, or for an older one the carry before it in the chain."""
         self.next: list[fx.Node] = []
-        for (producer, distance, _), carry in self.carries.items():
+        for producer, distance, _ in self.carries:
             if producer in self._stores:
                 raise Reject("a buffer that is written step by step is also read as a whole inside the loop")
             if distance == 1:
@@ -608,7 +609,8 @@ class _Plan:
     def _make_loop(self, name: str) -> Loop:
         self.outputs: list[tuple[LoopOutput, int]] = []  # spec, residue
         self.output_of: dict[int, int] = {}
-        carries = [LoopCarry(base_name(c.placeholder.name.removeprefix("carry_")), example(c.placeholder)) for c in self.carries.values()]  # type: ignore[union-attr, arg-type]
+        placeholders = [c.placeholder for c in self.carries.values()]
+        carries = [LoopCarry(base_name(p.name.removeprefix("carry_")), example(p)) for p in placeholders]
         self.final_of: dict[int, int] = {}
         extra: list[fx.Node] = []
         for residue, by_step in sorted(self.uses.items()):
@@ -812,7 +814,7 @@ def _slices_of_one(column: list[object]) -> _Slices | None:
         return None
     sources = {c.args[0] for c in column}  # type: ignore[union-attr]
     indices = [c.args[1] for c in column]  # type: ignore[union-attr]
-    steps = {b - a for a, b in zip(indices, indices[1:], strict=False)}
+    steps = {b - a for a, b in itertools.pairwise(indices)}
     if len(sources) != 1 or len(steps) != 1 or steps == {0}:
         return None
     source, value, dim = _unbound(sources.pop())
@@ -858,7 +860,7 @@ def _time_dim(node: fx.Node, leaves: list[object], place: int, value: torch.Tens
         raise Reject("x is indexed by a tensor or a new axis", node=node, location=user_location(node))
     # the changing leaf is number `place` among nodes and numbers; leaf 0 is the tensor
     seen = 0
-    for where, item in enumerate(index):
+    for where, item in enumerate(index):  # noqa: B007  (read after the loop)
         if isinstance(item, slice):
             seen += sum(isinstance(v, int) for v in (item.start, item.stop, item.step))
             continue

@@ -18,7 +18,7 @@ def _register_backend() -> None:
 
     from snn_compile.backend import snn
 
-    register_backend(snn, name="snn")
+    register_backend(snn, name="snn")  # type: ignore[arg-type]
 
 
 _register_backend()

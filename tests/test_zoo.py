@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from snn_compile.config import Config
 from snn_compile.ir.loop import Loop, verify
 from snn_compile.lowering import launch
 from snn_compile.lowering.cpp import compiler
 from snn_compile.pipeline import Report, run_pipeline
-
 from tests import zoo
 
 pytestmark = pytest.mark.skipif(compiler.missing() is not None, reason="no C++ compiler")
@@ -83,7 +83,7 @@ def test_case(name):
     assert len(report.loops) >= case.loops
 
 
-LENGTHS = [n for n in ("lif", "scalar_start", "written_into_a_buffer", "accumulated", "two_layers_in_one_loop")]
+LENGTHS = ["lif", "scalar_start", "written_into_a_buffer", "accumulated", "two_layers_in_one_loop"]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 33])

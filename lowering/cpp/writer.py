@@ -214,7 +214,7 @@ class Writer:
         body = "\n".join(self.lines)
         used = set(re.findall(r"\w+", body))
         parameters = tuple(p for p in self._parameters() if p.name in used)
-        lanes = next(n for n, most in ((4096, 8), (2048, 16), (1024, 32), (512, 1 << 30)) if self.lane_bytes <= most)
+        lanes = next(n for n, most in ((2048, 16), (1024, 32), (512, 1 << 30)) if self.lane_bytes <= most)
         text = "\n".join([*self._head(lanes, used), self._signature(parameters), body, "}", ""])
         return KernelSource(
             text=text,
