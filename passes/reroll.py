@@ -28,7 +28,7 @@ from torch import fx
 
 from snn_compile.errors import Reject, Rejection
 from snn_compile.ir.loop import Loop, LoopCarry, LoopConst, LoopInput, LoopOutput
-from snn_compile.ir.values import base_name, example, is_getitem, user_line, user_location
+from snn_compile.ir.values import base_name, example, is_getitem, user_line, user_location, value_name
 from snn_compile.passes.find_repeats import Repeat, find_repeats
 from snn_compile.passes.functionalize import is_grad_switch, is_write, store
 
@@ -409,7 +409,7 @@ class _Plan:
                 continue
             leaves = iter([self._operand(residue, slot, c) for slot, c in enumerate(columns)])
             args, kwargs = self._refill(node, leaves)
-            new = self.body.create_node(node.op, node.target, args, kwargs, name=base_name(node.name))
+            new = self.body.create_node(node.op, node.target, args, kwargs, name=value_name(node))
             new.meta = dict(node.meta)
             self.values[residue] = new
 
@@ -460,7 +460,7 @@ class _Plan:
 
     def _const(self, node: fx.Node) -> fx.Node:
         if node not in self.consts:
-            self.consts[node] = self._placeholder(f"const_{base_name(node.name)}", {"example_value": example(node)})
+            self.consts[node] = self._placeholder(f"const_{_series_name(node)}", {"example_value": example(node)})
         return self.consts[node]
 
     def _separate_values(self, residue: int, slot: int) -> fx.Node:
@@ -564,7 +564,7 @@ class _Plan:
             if key not in self.carries:
                 carry = _Carry(producer, distance, init)
                 source = self.node(producer, self.template)
-                carry.placeholder = self._placeholder(f"carry_{base_name(source.name)}", dict(source.meta))
+                carry.placeholder = self._placeholder(f"carry_{value_name(source)}", dict(source.meta))
                 self._check_init(carry, source)
                 self.carries[key] = carry
             node = self.carries[key].placeholder
@@ -626,7 +626,7 @@ class _Plan:
         values = [self.values[r] for _, r in self.outputs]
         self.body.output((*self.next, *values))
         loop_xs = [spec for spec, _ in self.inputs]
-        loop_consts = [LoopConst(base_name(n.name), example(n)) for n in self.consts]
+        loop_consts = [LoopConst(_series_name(n), example(n)) for n in self.consts]
         self._sort_placeholders(extra)
         # (FX takes a method call for pure, even `counter.add_(1)`)
         self.body.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() or is_write(n))
@@ -658,7 +658,7 @@ class _Plan:
         if not isinstance(value, torch.Tensor):
             raise Reject("a value of the loop that is not a tensor is used outside", node=self.node(residue, 0))
         self.output_of[residue] = len(self.outputs)
-        name = base_name(self.node(residue, self.template).name)
+        name = value_name(self.node(residue, self.template))
         self.outputs.append((LoopOutput(name, value, dim, reverse), residue))
 
     def _stack_dim(self, residue: int, by_step: dict[int, list[fx.Node]]) -> int:

@@ -229,8 +229,6 @@ class Writer:
 
     def _head(self, lanes: int, used: set[str]) -> list[str]:
         lines = [comment(f"{self.recurrence.name}: {self.direction}")]
-        if self.recurrence.location:
-            lines.append(comment(self.recurrence.location))
         if self.recurrence.equations:
             lines += ["//", *(comment(f"    {equation}") for equation in self.recurrence.equations)]
         lines += ["", "#include <cstdint>", prelude(self.helpers)]

@@ -69,3 +69,12 @@ def user_line(node: fx.Node) -> str:
 def base_name(name: str) -> str:
     """``v_12`` -> ``v``: Dynamo numbers the values of one Python variable."""
     return re.sub(r"(_\d+)+$", "", name) or name
+
+
+def value_name(node: fx.Node) -> str:
+    """The user's name for a value. Dynamo leaves what an `autograd.Function` gives back unnamed: a spike, then."""
+    if is_getitem(node) and node.name.startswith("getitem"):
+        source = node.args[0]
+        if isinstance(source, fx.Node) and source.target is torch.ops.higher_order.autograd_function_apply:
+            return "s"
+    return base_name(node.name)
