@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -25,6 +26,8 @@ class CppTarget:
 
     def __init__(self) -> None:
         self._kernels: dict[KernelSource, Kernel] = {}
+        #: what a recurrence was generated to before; a recurrence is not hashable, and lives as long as its op
+        self._generated: dict[tuple[int, Direction, Layout], tuple[weakref.ref[Recurrence], Kernel]] = {}
         self._lock = threading.Lock()
 
     def missing(self) -> str | None:
@@ -34,11 +37,17 @@ class CppTarget:
         return generate(recurrence, direction, layout).text
 
     def kernel(self, recurrence: Recurrence, direction: Direction, layout: Layout) -> Kernel:
-        source = generate(recurrence, direction, layout)
+        key = (id(recurrence), direction, layout)
+        known = self._generated.get(key)
+        if known is not None and known[0]() is recurrence:
+            return known[1]
         with self._lock:
+            source = generate(recurrence, direction, layout)
             kernel = self._kernels.get(source)
             if kernel is None:
                 kernel = self._kernels[source] = _CompiledKernel(source)
+            gone = weakref.ref(recurrence, lambda _: self._generated.pop(key, None))
+            self._generated[key] = (gone, kernel)
         return kernel
 
 

@@ -50,7 +50,7 @@ def test_forward() -> None:
 
 ...
 
-constexpr int64_t LANES = 4096;  // of a block, at most: what it keeps stays in cache
+constexpr int64_t LANES = 2048;  // of a block, at most: what it keeps stays in cache
 
 extern "C" void lif_forward(
     const float* v_init, const float* x_data, float* s_data, float* v_final, int64_t steps, int64_t size,
