@@ -1,0 +1,92 @@
+"""Uses of a rerolled loop's values: a stack of all steps is the output itself, any other use reads its slice."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from snn_compile.ir.loop import LoopOutput
+from snn_compile.ir.values import example
+
+if TYPE_CHECKING:
+    from snn_compile.passes.plan_loop import LoopPlan
+
+
+def stack_of(node: fx.Node) -> tuple[list[object], int] | None:
+    """``torch.stack(values, dim)`` -> values, dim"""
+    if node.op != "call_function" or node.target is not torch.stack or "out" in node.kwargs:
+        return None
+    tensors = node.args[0] if node.args else node.kwargs.get("tensors")
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    if isinstance(tensors, (list, tuple)) and isinstance(dim, int):
+        return list(tensors), dim
+    return None
+
+
+def stacked_example(y: LoopOutput, count: int) -> torch.Tensor:
+    value = y.example
+    return value.unsqueeze(y.dim).repeat_interleave(1, 0) if count == 1 else torch.stack([value] * count, y.dim)
+
+
+def rewire_output(graph: fx.Graph, plan: LoopPlan, residue: int, y: LoopOutput, ys: fx.Node) -> None:
+    """``stack([q0, …, q(T-1)], d)`` is the output itself; any other use reads its slice."""
+    steps = {plan.node(residue, t): t for t in range(plan.count) if plan.exists(residue, t)}
+    users: dict[fx.Node, None] = {}
+    for by_step in plan.uses[residue].values():
+        users.update(dict.fromkeys(by_step))
+    for user in list(users):
+        stacked = stack_of(user)
+        if stacked is not None and _replace_stack(graph, user, *stacked, steps, y, ys):
+            continue
+        for node, t in steps.items():
+            if user in node.users:
+                with graph.inserting_before(user):
+                    user.replace_input_with(node, _slice(graph, ys, y, t))
+
+
+def _slice(graph: fx.Graph, ys: fx.Node, y: LoopOutput, t: int) -> fx.Node:
+    node = graph.call_function(operator.getitem, (ys, t if y.dim == 0 else (*(slice(None),) * y.dim, t)))
+    node.meta = {"example_value": y.example}
+    return node
+
+
+def _replace_stack(
+    graph: fx.Graph,
+    user: fx.Node,
+    values: list[object],
+    dim: int,
+    steps: dict[fx.Node, int],
+    y: LoopOutput,
+    ys: fx.Node,
+) -> bool:
+    """Replace a `stack` that holds consecutive steps in order; values before and after them are concatenated."""
+    inside = [i for i, v in enumerate(values) if v in steps]
+    if not inside or inside != list(range(inside[0], inside[-1] + 1)):
+        return False
+    first, last = inside[0], inside[-1]
+    times = [steps[v] for v in values[first : last + 1]]  # type: ignore[index]
+    if times != list(range(times[0], times[0] + len(times))):
+        return False
+    dim = dim % (y.example.dim() + 1)
+    with graph.inserting_before(user):
+        node = ys
+        if len(times) != len(steps):
+            node = graph.call_method("narrow", (node, y.dim, times[0], len(times)))
+            node.meta = {"example_value": example(ys).narrow(y.dim, times[0], len(times))}  # type: ignore[union-attr]
+        if dim != y.dim:
+            node = graph.call_method("movedim", (node, y.dim, dim))
+            node.meta = {}
+        if first > 0 or last < len(values) - 1:
+            parts: list[object] = [node]
+            if first > 0:
+                parts.insert(0, graph.call_function(torch.stack, (values[:first], dim)))
+            if last < len(values) - 1:
+                parts.append(graph.call_function(torch.stack, (values[last + 1 :], dim)))
+            node = graph.call_function(torch.cat, (parts, dim))
+        node.meta = node.meta if node is ys else {**node.meta, "example_value": example(user)}
+    user.replace_all_uses_with(node)
+    graph.erase_node(user)
+    return True

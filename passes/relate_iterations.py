@@ -1,0 +1,192 @@
+"""How the iterations of a repeat relate: which operand comes from where, in every step (the proof behind `reroll`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from snn_compile.ir.values import is_getitem
+from snn_compile.passes.find_repeats import Repeat
+from snn_compile.passes.functionalize import store
+
+
+@dataclass
+class Slots:
+    """The leaves of a node's arguments that may differ between iterations, and the rest as a hashable frame."""
+
+    leaves: list[object]
+    frame: object
+
+
+def read_slots(node: fx.Node, attributes: dict[fx.Node, object]) -> Slots:
+    """Nodes and numbers are leaves; shapes, dtypes, keywords' structure and submodules are part of the frame."""
+    leaves: list[object] = []
+
+    def visit(arg: object, depth: int) -> object:
+        if isinstance(arg, fx.Node):
+            if arg in attributes:
+                return ("body", attributes[arg])
+            leaves.append(arg)
+            return "%"
+        if isinstance(arg, (list, tuple)):
+            return (type(arg).__name__, *(visit(a, depth + 1) for a in arg))
+        if isinstance(arg, dict):
+            return tuple((k, visit(v, depth + 1)) for k, v in sorted(arg.items()))
+        if isinstance(arg, slice):
+            return ("slice", visit(arg.start, depth + 1), visit(arg.stop, depth + 1), visit(arg.step, depth + 1))
+        if isinstance(arg, (int, float)) and not isinstance(arg, bool):
+            leaves.append(arg)
+            return "%"
+        return repr(arg)
+
+    frame = (node.op, _target_key(node.target), visit(node.args, 0), visit(node.kwargs, 0))
+    return Slots(leaves, frame)
+
+
+def _target_key(target: object) -> object:
+    return target if isinstance(target, str) else id(target)
+
+
+def submodule_key(module: object, memo: dict[int, object]) -> object:
+    """Content of a graph module, so that two copies of one `autograd.Function` body are equal."""
+    if not isinstance(module, fx.GraphModule):
+        return id(module)
+    if id(module) not in memo:
+        numbers = {n: i for i, n in enumerate(module.graph.nodes)}
+        lines = []
+        for n in module.graph.nodes:
+            args = fx.node.map_arg((n.args, tuple(sorted(n.kwargs.items()))), lambda m: f"%{numbers[m]}")
+            inner = submodule_key(getattr(module, n.target), memo) if n.op == "get_attr" and "." not in n.target else ""
+            lines.append((n.op, "" if n.op == "placeholder" else _target_key(n.target), repr(args), inner))
+        memo[id(module)] = hash(tuple(lines)), tuple(lines)
+    return memo[id(module)]
+
+
+# ----------------------------------------------------------------------------------------------------- operand relations
+
+
+@dataclass
+class Column:
+    """One operand slot over all iterations: which relation holds, and for which positions of the run."""
+
+    kind: str  # "const", "number", "distance", "series"
+    value: object = None
+    distance: int = 0
+    step: int = 0
+
+
+@dataclass
+class Run:
+    """A repeat whose operand relations hold in positions ``[start, stop)``."""
+
+    nodes: Sequence[fx.Node]
+    start: int
+    stop: int
+    period: int
+    columns: list[list[Column]] = field(default_factory=list)  # by residue relative to `origin`
+    origin: int = 0
+
+    def column(self, position: int) -> list[Column]:
+        return self.columns[(position - self.origin) % self.period]
+
+
+class Graph:
+    """The view of one FX graph that rerolling works on: positions, slots, tokens."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        memo: dict[int, object] = {}
+        self.attributes = {
+            n: submodule_key(getattr(gm, n.target), memo)
+            for n in gm.graph.nodes
+            if n.op == "get_attr" and isinstance(getattr(gm, n.target, None), fx.GraphModule)
+        }
+        self.nodes = [n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+        self.position = {n: i for i, n in enumerate(self.nodes)}
+        self.slots = [read_slots(n, self.attributes) for n in self.nodes]
+        ids: dict[object, int] = {}
+        self.tokens = [ids.setdefault(s.frame, len(ids)) for s in self.slots]
+
+    # -------------------------------------------------------------------------------------------------- relations
+
+    def relate(self, repeat: Repeat) -> Run:
+        """Find the relation of every slot, and the positions where all of them hold."""
+        run = Run(self.nodes, repeat.start, repeat.stop, repeat.period, origin=repeat.start)
+        columns, bounds = [], []
+        for residue in range(repeat.period):
+            positions = range(repeat.start + residue, repeat.stop, repeat.period)
+            row = []
+            for slot in range(len(self.slots[positions[0]].leaves)):
+                column = self._classify(repeat, positions, slot)
+                row.append(column)
+                bounds.append((positions, slot, column))
+            columns.append(row)
+        run.columns = columns
+        for positions, slot, column in bounds:
+            run.start, run.stop = self._narrow(run, positions, slot, column)
+        return run
+
+    def _classify(self, repeat: Repeat, positions: range, slot: int) -> Column:
+        """The relation that holds in the middle of the run (its ends may be peeled)."""
+        middle = len(positions) // 2
+        leaf, before = (self.slots[positions[i]].leaves[slot] for i in (middle, middle - 1))
+        if isinstance(leaf, fx.Node):
+            if leaf is before:
+                return Column("const", leaf)
+            at = self.position.get(leaf)
+            if at is None or at < repeat.start:  # made before the loop, another one for each step
+                return Column("series")
+            return Column("distance", distance=positions[middle] - at)
+        step = leaf - before if type(leaf) is int and type(before) is int else 0
+        if step and self._is_index(self.nodes[positions[middle]]):
+            return Column("series", leaf - step * middle, step=step)  # type: ignore[operator]
+        return Column("number", leaf)
+
+    @staticmethod
+    def _is_index(node: fx.Node) -> bool:
+        return is_getitem(node) or node.target is store or node.target in ("select", torch.select)
+
+    def _holds(self, positions: range, i: int, slot: int, column: Column) -> bool:
+        position = positions[i]
+        leaf = self.slots[position].leaves[slot]
+        if column.kind == "const":
+            return leaf is column.value
+        if column.kind == "number":
+            return type(leaf) is type(column.value) and repr(leaf) == repr(column.value)
+        if column.kind == "distance":
+            return isinstance(leaf, fx.Node) and self.position.get(leaf) == position - column.distance
+        if column.step:
+            return type(leaf) is int and leaf == column.value + column.step * i  # type: ignore[operator]
+        return isinstance(leaf, fx.Node) and self.position.get(leaf, -1) < positions[0]
+
+    def _narrow(self, run: Run, positions: range, slot: int, column: Column) -> tuple[int, int]:
+        """Shrink ``[start, stop)`` to where the column holds. A producer before the run is an initial value there."""
+        start, stop = run.start, run.stop
+        middle = len(positions) // 2
+        if column.kind == "const":  # an invariant is made before the loop
+            start = max(start, self.position.get(column.value, -1) + 1)  # type: ignore[arg-type]
+        for i in range(middle, -1, -1):
+            if positions[i] < start:
+                break
+            if self._holds(positions, i, slot, column):
+                continue
+            if column.kind == "distance" and positions[i] - column.distance < start and self._is_initial(
+                positions[i], slot, start
+            ):
+                continue
+            start = max(start, positions[i] + 1)
+            break
+        for i in range(middle, len(positions)):
+            if positions[i] >= stop:
+                break
+            if not self._holds(positions, i, slot, column):
+                stop = min(stop, positions[i])
+                break
+        return start, stop
+
+    def _is_initial(self, position: int, slot: int, start: int) -> bool:
+        leaf = self.slots[position].leaves[slot]
+        return not isinstance(leaf, fx.Node) or self.position.get(leaf, -1) < start
