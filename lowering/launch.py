@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from snn_compile.ir.recurrence import Recurrence
-from snn_compile.lowering.huge_pages import advise
 from snn_compile.lowering.layout import Layout, Placement, place
 from snn_compile.lowering.ops import opmath
+from snn_compile.lowering.result_memory import settle
 
 Direction = Literal["forward", "backward"]
 #: ``kernel(tensors, placement, steps)`` fills the result tensors, which come after the operands.
@@ -101,7 +101,7 @@ def allocate_gradients(recurrence: Recurrence, operands: Sequence[Tensor], steps
 def run_forward(recurrence: Recurrence, target: Target, operands: Sequence[Tensor], steps: int) -> list[Tensor]:
     """``operands -> ys, finals``; T = 0 gives empty outputs and the initial states."""
     shape = recurrence.shape(operands)
-    results = [advise(r) for r in allocate_results(recurrence, operands, steps)]
+    results = [settle(r) for r in allocate_results(recurrence, operands, steps)]
     wide, timed = _widen_operands(recurrence, operands, shape)
     wide += [r.movedim(y.time_dim, 0) for r, y in zip(results, recurrence.ys, strict=False)]
     wide += results[len(recurrence.ys) :]
@@ -119,7 +119,7 @@ def run_backward(
 ) -> list[Tensor]:
     """``operands, cotangents of the differentiable results -> gradients``; a cotangent of None is zero."""
     shape = recurrence.shape(operands)
-    gradients = [advise(g) for g in allocate_gradients(recurrence, operands, steps)]
+    gradients = [settle(g) for g in allocate_gradients(recurrence, operands, steps)]
     wide, timed = _widen_operands(recurrence, operands, shape)
     outputs = recurrence.differentiable_ys
     finals = tuple(c for c in recurrence.finals if c.differentiable)

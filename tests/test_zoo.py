@@ -28,7 +28,7 @@ def _poisoned(monkeypatch):
             return tensor
         return tensor.fill_(float("nan") if tensor.dtype.is_floating_point else torch.iinfo(tensor.dtype).max)
 
-    monkeypatch.setattr(launch, "advise", poison)
+    monkeypatch.setattr(launch, "settle", poison)
     torch._dynamo.reset()
     torch.manual_seed(0)
 
