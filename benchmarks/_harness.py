@@ -54,12 +54,11 @@ def lif_index(x: Tensor) -> Tensor:
 
 
 def interleaved(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, the functions taking turns, so that a slow minute of the machine hits all of them."""
-    for function in functions.values():
-        function()
+    """Seconds of a call in a row of calls, as in training; the functions take turns, so that a slow minute hits all of them."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
+            function()  # the caches and the allocator hold this function's data, not the last one's
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             start = time.perf_counter()
