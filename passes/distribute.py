@@ -208,7 +208,23 @@ def distribute(gm: fx.GraphModule, call: fx.Node, loop: Loop, infos: dict[fx.Nod
     splitter.rewire()
     for (_, new), group in zip(calls, groups, strict=True):
         new.is_kernel = group.is_kernel
-    return calls
+    pure = [all(infos[n].pure for n in group.nodes) for group in groups]
+    dead = [c for c, p in zip(reversed(calls), reversed(pure), strict=True) if p and _drop_unused(gm, c[0])]
+    return [c for c in calls if c not in dead]
+
+
+def _drop_unused(gm: fx.GraphModule, call: fx.Node) -> bool:
+    """Erase results that nobody reads; and the loop, where that is all of them (a state that is recorded in vain)."""
+    for user in list(call.users):
+        for view in [v for v in user.users if v.target == "movedim" and not v.users]:
+            gm.graph.erase_node(view)
+        if not user.users:
+            gm.graph.erase_node(user)
+    if call.users:
+        return False
+    gm.graph.erase_node(call)
+    delattr(gm, str(call.target))
+    return True
 
 
 def _materialise_results(loop: Loop, infos: dict[fx.Node, OpInfo]) -> None:

@@ -25,6 +25,9 @@ from torch import fx
 
 from snn_compile.ir.values import example, flat_nodes, is_getitem, storage_key
 
+#: Their names end like those of writes.
+OPERATORS_NAMED_LIKE_WRITES = {operator.and_, operator.or_, operator.not_}
+
 
 def store(buffer: torch.Tensor, index: object, value: object) -> torch.Tensor:
     """``buffer`` with ``buffer[index] = value``, as a new value."""
@@ -124,6 +127,8 @@ def is_write(node: fx.Node) -> bool:
         return False
     if node.target is operator.setitem or node.target in INPLACE_OPERATORS:
         return True
+    if node.target in OPERATORS_NAMED_LIKE_WRITES:
+        return False
     name = getattr(node.target, "__name__", "")
     return "out" in node.kwargs or (name.endswith("_") and not name.endswith("__")) or bool(node.kwargs.get("inplace"))
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from snn_compile.errors import Reject
 from snn_compile.ir.loop import Loop, LoopCarry, LoopConst, LoopInput, LoopOutput
-from snn_compile.ir.values import base_name, example, user_line, user_location, value_name
+from snn_compile.ir.values import base_name, example, shape_hint, user_line, user_location, value_name
 from snn_compile.passes.functionalize import is_grad_switch, is_write, store
 from snn_compile.passes.loop_operands import (
     TimeSlices,
@@ -67,13 +67,14 @@ class LoopPlan:
 
     def build(self, name: str) -> Loop:
         self._collect_uses()
+        self.template = 1 if self.count > 1 else 0
+        self.growing = self._find_growing()
         self.carries: dict[tuple[int, int, object], PlannedCarry] = {}
         self.operands: list[object] = []
         self.inputs: list[tuple[LoopInput, object]] = []
         self.consts: dict[fx.Node, fx.Node] = {}
         self.body = fx.Graph()
         self.root: dict[str, torch.nn.Module] = {}
-        self.template = 1 if self.count > 1 else 0
         self.values: dict[int, fx.Node] = {}
         self._series: dict[object, fx.Node] = {}
         self._stores: dict[int, tuple[int, int, bool]] = {}  # residue of a store -> (dim, first index, reverse)
@@ -94,6 +95,28 @@ class LoopPlan:
                 t, residue = divmod(position - self.start, self.period)
                 self.uses.setdefault(residue, {})[t] = outside
 
+    def _find_growing(self) -> set[int]:
+        """Values that have another shape in iteration 0, because a state starts smaller than it goes on."""
+        growing = set()
+        for residue in range(self.period):
+            node = self.node(residue, self.template)
+            wanted = _types(example(node))
+            for t in range(self.count):
+                if t == self.template or not self.exists(residue, t):
+                    continue
+                types = _types(example(self.node(residue, t)))
+                if types == wanted:
+                    continue
+                if t > 0 or [d for _, d in types] != [d for _, d in wanted]:
+                    raise Reject(
+                        f"'{user_line(node) or node.name}' has another shape or dtype in step {t} than in the next",
+                        node=node,
+                        location=user_location(node),
+                        hint="start the states in the shape and dtype that they have later",
+                    )
+                growing.add(residue)
+        return growing
+
     def _emit_body(self) -> None:
         for residue in range(self.period):
             node = self.node(residue, self.template)
@@ -109,6 +132,8 @@ class LoopPlan:
             args, kwargs = self._refill(node, leaves)
             new = self.body.create_node(node.op, node.target, args, kwargs, name=value_name(node))
             new.meta = dict(node.meta)
+            if residue in self.growing:
+                new.meta["grows"] = True
             self.values[residue] = new
 
     def _refill(self, node: fx.Node, leaves) -> tuple[tuple, dict]:  # type: ignore[no-untyped-def, type-arg]
@@ -355,6 +380,12 @@ class LoopPlan:
         value = example(self.values[residue])
         if not isinstance(value, torch.Tensor):
             raise Reject("a value of the loop that is not a tensor is used outside", node=self.node(residue, 0))
+        if residue in self.growing:
+            raise Reject(
+                "a value that has another shape in the first step than in all others is used outside the loop",
+                node=self.node(residue, 0),
+                hint="start the states in the shape that they have later",
+            )
         self.output_of[residue] = len(self.outputs)
         name = value_name(self.node(residue, self.template))
         self.outputs.append((LoopOutput(name, value, dim, reverse), residue))
@@ -446,3 +477,9 @@ class LoopPlan:
         node = self.node(residue, self.count - 1)
         for user in self.uses[residue][self.count - 1]:
             user.replace_input_with(node, new)
+
+
+def _types(value: object) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of the tensors in `value`."""
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return [(shape_hint(v), v.dtype) for v in values if isinstance(v, torch.Tensor)]

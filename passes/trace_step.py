@@ -216,6 +216,8 @@ def simplify(gm: fx.GraphModule) -> None:
             continue
         if node.target is aten._assert_tensor_metadata.default:
             gm.graph.erase_node(node)
+        elif node.target is aten.logical_and_.default:
+            _make_functional(node, aten.logical_and.default)
         elif _is_identity(node):
             source = node.args[0]
             source.meta.setdefault("user_name", node.meta.get("user_name")) if node.meta.get("user_name") else None
@@ -224,6 +226,18 @@ def simplify(gm: fx.GraphModule) -> None:
     _fold_repeats(gm.graph)
     gm.graph.eliminate_dead_code()
     gm.recompile()
+
+
+def _make_functional(node: fx.Node, op: torch._ops.OpOverload) -> None:
+    """A write into a fresh mask (autograd's own, in the gradient of ``clamp(x, a, b)``) -> a value."""
+    target = node.args[0]
+    if target.op != "call_function" or target.meta["val"].dtype != torch.bool:  # type: ignore[union-attr]
+        return
+    node.target = op
+    user = node.next
+    while user.op != "root":
+        user.replace_input_with(target, node)
+        user = user.next
 
 
 def _inline_constant(gm: fx.GraphModule, node: fx.Node) -> None:

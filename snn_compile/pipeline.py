@@ -19,14 +19,14 @@ from snn_compile.errors import Reject, Rejection
 from snn_compile.ir.equations import equations
 from snn_compile.ir.loop import Loop
 from snn_compile.ir.recurrence import Recurrence, TimeSeries
-from snn_compile.ir.values import example, shape_hint
+from snn_compile.ir.values import base_name, example, shape_hint
 from snn_compile.lowering import ops, targets
 from snn_compile.lowering.kernel_texts import kernel_texts
 from snn_compile.lowering.launch import Direction
 from snn_compile.lowering.lower_loops import lower_loop, make_recurrence
 from snn_compile.passes.batch_time import batch_time
 from snn_compile.passes.classify import classify
-from snn_compile.passes.distribute import distribute, find_groups
+from snn_compile.passes.distribute import Group, distribute, find_groups
 from snn_compile.passes.functionalize import functionalize
 from snn_compile.passes.hoist import find_invariant, hoist
 from snn_compile.passes.hoist_creations import hoist_creations
@@ -185,7 +185,7 @@ def _why_not(loop: Loop, report: Report) -> Rejection | None:
     infos = classify(loop, is_pointwise_op)
     groups = find_groups(loop, infos, ignore=find_invariant(loop, infos))
     if any(g.is_kernel for g in groups):
-        return None
+        return _why_growing(loop, groups)
     if any(g.recurrent for g in groups):
         worst = next(n for g in groups if g.recurrent for n in g.nodes if not infos[n].pointwise)
         return Rejection(
@@ -194,6 +194,20 @@ def _why_not(loop: Loop, report: Report) -> Rejection | None:
             loop.location,
         )
     return Rejection("nothing is carried from step to step", loop.name, loop.location)
+
+
+def _why_growing(loop: Loop, groups: list[Group]) -> Rejection | None:
+    """A value that is smaller in the first step is the same lane by lane, in a kernel; nowhere else."""
+    for node in (n for g in groups if not g.is_kernel for n in g.nodes):
+        for value in (node, *node.all_input_nodes):
+            if value.meta.get("grows"):
+                return Rejection(
+                    f"'{base_name(value.name)}' has another shape in the first step than in all others",
+                    value.name,
+                    loop.location,
+                    "start the states in the shape that they have later",
+                )
+    return None
 
 
 def _batch_time(gm: fx.GraphModule, report: Report) -> None:
