@@ -1,0 +1,201 @@
+"""Random recurrences against the eager loop: forward bit for bit, gradients to rounding.
+
+Two ways, for what each costs. *Interpreted*: the unrolled graph goes through every pass, and the recurrences found run step by
+step in eager (`Recurrence.__call__`), which checks the rewriting. *Compiled*: a step is traced and its C++ kernels are
+called at several T, which checks the kernels.
+
+    python tests/test_random_steps.py --examples 2000 --seed 1
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+from unittest import mock
+
+import hypothesis
+import torch
+from hypothesis import HealthCheck
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from snn_compile.config import Config
+from snn_compile.ir.loop import Loop, verify
+from snn_compile.ir.recurrence import Recurrence
+from snn_compile.ir.values import example
+from snn_compile.lowering import ops, registration, targets
+from snn_compile.pipeline import Report, run_pipeline
+from tests.random_steps import Program
+
+#: relative to the largest gradient of an operand; the order of additions over t and lanes is not eager's
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-12}
+
+SETTINGS = {
+    "deadline": None,
+    "database": None,
+    "derandomize": True,
+    "suppress_health_check": list(HealthCheck),
+    "print_blob": False,
+}
+seen: collections.Counter[str] = collections.Counter()
+
+
+# ------------------------------------------------------------------------------------------------------------- comparing
+
+
+def gradients(results, operands):  # type: ignore[no-untyped-def]
+    leaves = [o for o in operands if o.requires_grad]
+    wanted = [r for r in results if r.requires_grad]
+    if not wanted or not leaves:
+        return []
+    weights = [torch.linspace(0.5, 1.5, r.numel(), dtype=r.dtype).view(r.shape) for r in wanted]
+    return torch.autograd.grad(wanted, leaves, weights, allow_unused=True)
+
+
+def compare(expected, got, operands, got_operands, dtype):  # type: ignore[no-untyped-def]
+    for a, b in zip(expected, got, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        torch.testing.assert_close(b, a, rtol=0, atol=0, equal_nan=True)
+    if dtype not in TOLERANCE:
+        return
+    wanted = gradients(expected, operands)
+    if any(g is not None and not g.isfinite().all() for g in wanted):
+        seen["gradient of eager overflows"] += 1
+        return
+    for a, b in zip(wanted, gradients(got, got_operands) or [None] * len(wanted), strict=True):
+        if a is None or b is None:
+            assert (a is None or not a.any()) and (b is None or not b.any())
+            continue
+        assert a.dtype == b.dtype and a.shape == b.shape
+        torch.testing.assert_close(b, a, rtol=0, atol=TOLERANCE[dtype] * float(a.abs().max()))
+        seen["gradients compared"] += 1
+
+
+def again(operands):  # type: ignore[no-untyped-def]
+    """The same tensors as other leaves, strides kept."""
+    return [o.detach().requires_grad_(o.requires_grad) for o in operands]
+
+
+# ----------------------------------------------------------------------------------------------------------- interpreted
+
+
+class Interpreted:
+    """A target without code: the recurrence runs as it is meant."""
+
+    name = "interpreted"
+
+    def missing(self) -> None:
+        return None
+
+
+def run_forward(recurrence: Recurrence, target, operands, steps):  # type: ignore[no-untyped-def]
+    return [r.clone() for r in recurrence(*operands, steps=steps)]
+
+
+def run_backward(recurrence: Recurrence, target, operands, cotangents, steps):  # type: ignore[no-untyped-def]
+    """The documented meaning of `Recurrence.backward`."""
+    shape = recurrence.shape(operands)
+    n, m = len(recurrence.carries), len(recurrence.xs)
+    inits, xs, consts = operands[:n], operands[n : n + m], operands[n + m :]
+    consts = [c if s.is_scalar else c.expand(shape) for c, s in zip(consts, recurrence.consts, strict=True)]
+    zero = {s: torch.zeros(shape, dtype=s) for s in ops.DTYPES}
+
+    def inputs(t: int):  # type: ignore[no-untyped-def]
+        return [x[steps - 1 - t if s.reverse else t].expand(shape) for x, s in zip(xs, recurrence.xs, strict=True)]
+
+    states = [[i.expand(shape) for i in inits]]
+    for t in range(steps):
+        states.append(list(recurrence.step(*states[-1], *inputs(t), *consts))[:n])
+    ys, carries = recurrence.differentiable_ys, recurrence.differentiable_carries
+    given = [None if c is None else c.movedim(y.time_dim, 0) for c, y in zip(cotangents, ys, strict=False)]
+    finals = iter(cotangents[len(ys) :])
+    cts = [next(finals) if c.is_result else None for c in carries]
+    cts = [zero[c.dtype] if ct is None else ct for c, ct in zip(carries, cts, strict=True)]
+    series = [torch.zeros((steps, *shape), dtype=x.dtype) for x in recurrence.xs if x.needs_grad]
+    totals = [torch.zeros(shape, dtype=ops.opmath(c.dtype)) for c in recurrence.consts if c.needs_grad]
+    where = [x.reverse for x in recurrence.xs if x.needs_grad]
+    for t in reversed(range(steps)):
+        now = [
+            zero[y.dtype] if g is None else g[steps - 1 - t if y.reverse else t] for g, y in zip(given, ys, strict=True)
+        ]
+        out = recurrence.backward(*states[t], *inputs(t), *consts, *cts, *now)
+        cts = [zero[c.dtype] if o is None else o.expand(shape) for o, c in zip(out, carries, strict=False)]
+        rest = list(out[len(carries) :])
+        for s, reverse in zip(series, where, strict=True):
+            value = rest.pop(0)
+            if value is not None:
+                s[steps - 1 - t if reverse else t] = value
+        for total in totals:
+            value = rest.pop(0)
+            if value is not None:
+                total += value
+    starts = [ct.clone() for ct, c in zip(cts, carries, strict=True) if c.init_needs_grad]
+    return [*starts, *series, *totals]
+
+
+@contextlib.contextmanager
+def interpreted():  # type: ignore[no-untyped-def]
+    target = Interpreted()
+    with (
+        mock.patch.object(targets, "_target", lambda kind: target),
+        mock.patch.object(registration, "run_forward", run_forward),
+        mock.patch.object(registration, "run_backward", run_backward),
+    ):
+        yield
+
+
+def unrolled(program: Program, operands) -> fx.GraphModule:  # type: ignore[no-untyped-def]
+    """The graph Dynamo would give, with its examples."""
+    graph = fx.Graph()
+    tracer = fx.Tracer()
+    tracer.graph, tracer.root, tracer.tensor_attrs, tracer.submodule_paths = graph, torch.nn.Module(), {}, {}
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(o) for o in operands]
+        with _as_graph(graph, tracer, fakes) as proxies:
+            results = program.loop(*proxies)
+        graph.output(tuple(r.node for r in results))
+    return fx.GraphModule({}, graph)
+
+
+@contextlib.contextmanager
+def _as_graph(graph, tracer, fakes):  # type: ignore[no-untyped-def]
+    proxies = []
+    for i, fake in enumerate(fakes):
+        proxies.append(fx.Proxy(graph.placeholder(f"l_x{i}_"), tracer))
+        proxies[-1].node.meta["example_value"] = fake
+
+    create = fx.Graph.create_node
+
+    def recording(self, op, target, args=(), kwargs=None, name=None, type_expr=None):  # type: ignore[no-untyped-def]
+        node = create(self, op, target, args, kwargs or {}, name, type_expr)
+        if self is graph and op in ("call_function", "call_method"):
+            values, keywords = fx.node.map_arg((node.args, node.kwargs), example)
+            function = getattr(values[0], str(target)) if op == "call_method" else target
+            node.meta["example_value"] = function(*(values[1:] if op == "call_method" else values), **keywords)
+        return node
+
+    with mock.patch.object(fx.Graph, "create_node", recording):
+        yield proxies
+
+
+def check_interpreted(program: Program) -> Report:
+    operands = program.operands()
+    try:
+        expected = program.loop(*operands)
+    except RuntimeError:  # a state that grows by broadcasting: its steps cannot be stacked
+        hypothesis.reject()
+    got_operands = again(operands)
+    gm = unrolled(program, operands)
+    with interpreted():
+        gm, report = run_pipeline(gm, Config(strict=True))
+        for module in gm.modules():
+            if isinstance(module, Loop):
+                verify(module)
+        got = fx.Interpreter(gm).run(*got_operands)
+        compare(expected, got, operands, got_operands, program.dtype)
+    seen["examples"] += 1
+    seen["examples with a recurrence"] += bool(report.recurrences)
+    seen["recurrences"] += len(report.recurrences)
+    for rejection in report.rejections:
+        seen["left alone: " + rejection.reason.split(":")[0].split("'")[0]] += 1
+    return report
