@@ -55,13 +55,15 @@ def runs(steps: int, lanes: int) -> dict[str, Callable[[], object]]:
     target, copied = CppTarget(), torch.empty_like(operands[1])
     placements = place((lanes,), forward, [False, True, True]), place((lanes,), backward, [False, True, True, True])
     kernels = [
-        target.kernel(recurrence, direction, placement.layout)
-        for direction, placement in zip(("forward", "backward"), placements, strict=True)
+        target.kernel(recurrence, direction, placement.layout).bind(tensors, placement, steps)
+        for direction, placement, tensors in zip(
+            ("forward", "backward"), placements, (forward, backward), strict=True
+        )
     ]
     return {
         "copy": lambda: copied.copy_(operands[1]),
-        "forward": lambda: kernels[0](forward, placements[0], steps),
-        "backward": lambda: kernels[1](backward, placements[1], steps),
+        "forward": lambda: kernels[0](forward),
+        "backward": lambda: kernels[1](backward),
     }
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from snn_compile.ir.recurrence import Recurrence
 from snn_compile.lowering import targets
-from snn_compile.lowering.launch import Direction, Kernel, Target, run_backward, run_forward
+from snn_compile.lowering.launch import BoundKernel, Direction, Kernel, Target, run_backward, run_forward
 from snn_compile.lowering.layout import Layout, Placement
 
 
@@ -28,11 +29,12 @@ class _Recorder:
 
     def kernel(self, recurrence: Recurrence, direction: Direction, layout: Layout) -> Kernel:
         self.texts.append((direction, self.target.source(recurrence, direction, layout)))
-        return _skip
+        return _Skip()
 
 
-def _skip(tensors: Sequence[Tensor], placement: Placement, steps: int) -> None:
-    pass
+class _Skip:
+    def bind(self, tensors: Sequence[Tensor], placement: Placement, steps: int) -> BoundKernel:
+        return lambda tensors: None
 
 
 def kernel_texts(recurrence: Recurrence, operands: Sequence[Tensor], steps: int) -> list[tuple[Direction, str]]:
@@ -40,8 +42,7 @@ def kernel_texts(recurrence: Recurrence, operands: Sequence[Tensor], steps: int)
     device = operands[0].device
     meta = [torch.empty_strided(_sizes(o), _strides(o), dtype=o.dtype, device="meta") for o in operands]
     recorder = _Recorder(targets.for_device(device))
-    # a copy: a recurrence remembers its compiled kernels
-    plain = Recurrence(**{**vars(recurrence), **({"kernels": {}} if hasattr(recurrence, "kernels") else {})})
+    plain = replace(recurrence, kernels={}, launches={})  # a recurrence remembers its compiled kernels
     with torch.no_grad():
         results = run_forward(plain, recorder, meta, steps)
         if plain.backward is not None:

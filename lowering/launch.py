@@ -6,6 +6,7 @@ The same allocation serves the kernels and their fake implementations, so the st
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -14,11 +15,20 @@ from torch import Tensor
 from snn_compile.ir.recurrence import Recurrence
 from snn_compile.lowering.layout import Layout, Placement, place
 from snn_compile.lowering.ops import opmath
-from snn_compile.lowering.result_memory import settle
+from snn_compile.lowering.result_memory import THRESHOLD, settle
 
 Direction = Literal["forward", "backward"]
-#: ``kernel(tensors, placement, steps)`` fills the result tensors, which come after the operands.
-Kernel = Callable[[Sequence[Tensor], Placement, int], None]
+#: ``bound(tensors)`` runs a kernel on tensors of the sizes, strides and dtypes it was bound for.
+BoundKernel = Callable[[Sequence[Tensor]], None]
+#: Sizes and strides of different calls that a recurrence remembers.
+MOST_LAUNCHES = 64
+
+
+class Kernel(Protocol):
+    """A compiled kernel: any sizes, any strides of one `Layout`."""
+
+    def bind(self, tensors: Sequence[Tensor], placement: Placement, steps: int) -> BoundKernel:
+        """Work out everything about a call but the addresses. `tensors`: operands, then results, all of the whole shape."""
 
 
 class Target(Protocol):
@@ -98,16 +108,53 @@ def allocate_gradients(recurrence: Recurrence, operands: Sequence[Tensor], steps
 # ------------------------------------------------------------------------------------------------------------- running
 
 
+@dataclass(frozen=True)
+class _Result:
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    is_large: bool
+
+    @staticmethod
+    def like(tensor: Tensor) -> _Result:
+        is_large = tensor.untyped_storage().nbytes() >= THRESHOLD
+        return _Result(tuple(tensor.shape), tensor.stride(), tensor.dtype, is_large)
+
+    def allocate(self, device: torch.device) -> Tensor:
+        result = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=device)
+        return settle(result) if self.is_large else result
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a call repeats of an earlier one with operands of the same sizes and strides: all but addresses.
+
+    In a small network the work in Python before a kernel takes longer than the kernel; it is done once.
+    """
+
+    results: tuple[_Result, ...]
+    kernel: BoundKernel | None  # None: there is nothing to compute
+    #: a zero of each absent cotangent, by position
+    zeros: tuple[tuple[int, Tensor], ...] = ()
+
+    def __call__(self, operands: Sequence[Tensor | None]) -> list[Tensor]:
+        device = operands[0].device  # type: ignore[union-attr]
+        results = [r.allocate(device) for r in self.results]
+        if self.kernel is not None:
+            tensors: list[Any] = [*operands, *results]
+            for i, zero in self.zeros:
+                tensors[i] = zero
+            self.kernel(tensors)
+        return results
+
+
 def run_forward(recurrence: Recurrence, target: Target, operands: Sequence[Tensor], steps: int) -> list[Tensor]:
     """``operands -> ys, finals``; T = 0 gives empty outputs and the initial states."""
-    shape = recurrence.shape(operands)
-    results = [settle(r) for r in allocate_results(recurrence, operands, steps)]
-    wide, timed = _widen_operands(recurrence, operands, shape)
-    wide += [r.movedim(y.time_dim, 0) for r, y in zip(results, recurrence.ys, strict=False)]
-    wide += results[len(recurrence.ys) :]
-    timed += [True] * len(recurrence.ys) + [False] * len(recurrence.finals)
-    _call(recurrence, target, "forward", shape, wide, timed, steps)
-    return results
+    key = (target.name, "forward", steps, *_signature(operands))
+    launch = recurrence.launches.get(key)
+    if launch is None:
+        launch = _remember(recurrence, key, _prepare_forward(recurrence, target, operands, steps))
+    return launch(operands)
 
 
 def run_backward(
@@ -118,9 +165,53 @@ def run_backward(
     steps: int,
 ) -> list[Tensor]:
     """``operands, cotangents of the differentiable results -> gradients``; a cotangent of None is zero."""
+    tensors = (*operands, *cotangents)
+    key = (target.name, "backward", steps, *_signature(tensors))
+    launch = recurrence.launches.get(key)
+    if launch is None:
+        launch = _remember(recurrence, key, _prepare_backward(recurrence, target, operands, cotangents, steps))
+    return launch(tensors)
+
+
+def _signature(tensors: Sequence[Tensor | None]) -> list[object]:
+    """Everything of a call that its launch depends on; dtypes are the recurrence's."""
+    first = tensors[0]
+    assert first is not None
+    signature: list[object] = [torch.get_num_threads() if first.is_cpu else first.device]
+    for tensor in tensors:
+        signature += (None,) if tensor is None else (tensor.shape, tensor.stride())
+    return signature
+
+
+def _remember(recurrence: Recurrence, key: object, launch: Launch) -> Launch:
+    if len(recurrence.launches) >= MOST_LAUNCHES:  # sizes that change from call to call: none of them comes back
+        recurrence.launches.clear()
+    recurrence.launches[key] = launch
+    return launch
+
+
+def _prepare_forward(recurrence: Recurrence, target: Target, operands: Sequence[Tensor], steps: int) -> Launch:
     shape = recurrence.shape(operands)
-    gradients = [settle(g) for g in allocate_gradients(recurrence, operands, steps)]
+    results = allocate_results(recurrence, operands, steps)
     wide, timed = _widen_operands(recurrence, operands, shape)
+    wide += [r.movedim(y.time_dim, 0) for r, y in zip(results, recurrence.ys, strict=False)]
+    wide += results[len(recurrence.ys) :]
+    timed += [True] * len(recurrence.ys) + [False] * len(recurrence.finals)
+    kernel = _bind(recurrence, target, "forward", shape, wide, timed, steps)
+    return Launch(tuple(map(_Result.like, results)), kernel)
+
+
+def _prepare_backward(
+    recurrence: Recurrence,
+    target: Target,
+    operands: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+    steps: int,
+) -> Launch:
+    shape = recurrence.shape(operands)
+    gradients = allocate_gradients(recurrence, operands, steps)
+    wide, timed = _widen_operands(recurrence, operands, shape)
+    zeros = []
     outputs = recurrence.differentiable_ys
     finals = tuple(c for c in recurrence.finals if c.differentiable)
     specs: tuple[Any, ...] = (*outputs, *finals)
@@ -129,6 +220,7 @@ def run_backward(
         is_y = i < len(outputs)
         if ct is None:  # no memory traffic: every stride is zero
             ct = torch.zeros((), dtype=spec.dtype, device=operands[0].device)
+            zeros.append((len(wide), ct))
             ct = ct.expand((steps, *shape) if is_y else shape)
         elif is_y:
             ct = ct.movedim(outputs[i].time_dim, 0)
@@ -138,8 +230,8 @@ def run_backward(
     n_inits = sum(c.init_needs_grad for c in recurrence.carries)
     n_xs = sum(x.needs_grad for x in recurrence.xs)
     timed += [n_inits <= i < n_inits + n_xs for i in range(len(gradients))]
-    _call(recurrence, target, "backward", shape, wide, timed, steps)
-    return gradients
+    kernel = _bind(recurrence, target, "backward", shape, wide, timed, steps)
+    return Launch(tuple(map(_Result.like, gradients)), kernel, tuple(zeros))
 
 
 def _widen_operands(
@@ -160,7 +252,7 @@ def _widen(tensor: Tensor, shape: torch.Size, timed: bool) -> Tensor:
     return tensor if tensor.shape == shape else tensor.expand(shape)
 
 
-def _call(
+def _bind(
     recurrence: Recurrence,
     target: Target,
     direction: Direction,
@@ -168,12 +260,12 @@ def _call(
     tensors: list[Tensor],
     timed: list[bool],
     steps: int,
-) -> None:
+) -> BoundKernel | None:
     if shape.numel() == 0:
-        return
+        return None
     placement = place(shape, tensors, timed)
     key = (target.name, direction, placement.layout)
     kernel = recurrence.kernels.get(key)
     if kernel is None:
         kernel = recurrence.kernels[key] = target.kernel(recurrence, direction, placement.layout)
-    kernel(tensors, placement, steps)
+    return kernel.bind(tensors, placement, steps)

@@ -15,7 +15,7 @@ from snn_compile.lowering.cpp import compiler
 from snn_compile.lowering.cpp.codegen import generate
 from snn_compile.lowering.cpp.plan import STREAM_BYTES, Plan, plan
 from snn_compile.lowering.cpp.writer import KernelSource, Parameter
-from snn_compile.lowering.launch import Direction, Kernel
+from snn_compile.lowering.launch import BoundKernel, Direction, Kernel
 from snn_compile.lowering.layout import Layout, Placement
 
 _C_TYPES = {"pointer": ctypes.c_void_p, "scratch": ctypes.c_void_p, "streaming": ctypes.c_bool}
@@ -62,24 +62,34 @@ class _CompiledKernel:
         self._function.restype = None
         self._reversed = frozenset(source.reversed)
 
-    def __call__(self, tensors: Sequence[Tensor], placement: Placement, steps: int) -> None:
+    def bind(self, tensors: Sequence[Tensor], placement: Placement, steps: int) -> BoundKernel:
         now = plan(self.source, placement.sizes, steps, torch.get_num_threads())
-        scratch = allocate_scratch(now.threads * now.scratch_bytes) if now.scratch_bytes else None
-        arguments = [self._argument(p, tensors, placement, steps, now, scratch) for p in self.source.parameters]
-        self._function(*arguments)
+        template, pointers, scratch_at = [], [], -1
+        for slot, parameter in enumerate(self.source.parameters):
+            if parameter.kind == "pointer":
+                i = parameter.tensor
+                pointers.append((slot, i, self._first_step(tensors[i], placement.time_strides[i], steps, i)))
+            elif parameter.kind == "scratch":
+                scratch_at = slot
+            template.append(self._argument(parameter, tensors, placement, steps, now))
+        size = now.threads * now.scratch_bytes if scratch_at >= 0 else 0
+        function = self._function
+
+        def call(tensors: Sequence[Tensor]) -> None:
+            arguments = template.copy()
+            for slot, i, offset in pointers:
+                arguments[slot] = tensors[i].data_ptr() + offset
+            if size:
+                scratch = allocate_scratch(size)
+                arguments[scratch_at] = scratch.data_ptr()
+            function(*arguments)
+
+        return call
 
     def _argument(
-        self,
-        parameter: Parameter,
-        tensors: Sequence[Tensor],
-        placement: Placement,
-        steps: int,
-        now: Plan,
-        scratch: Tensor | None,
+        self, parameter: Parameter, tensors: Sequence[Tensor], placement: Placement, steps: int, now: Plan
     ) -> int:
         kind, i = parameter.kind, parameter.tensor
-        if kind == "pointer":
-            return self._address(tensors[i], placement.time_strides[i], steps, i in self._reversed)
         if kind == "stride_t":
             return -placement.time_strides[i] if i in self._reversed else placement.time_strides[i]
         if kind == "stride":
@@ -90,13 +100,13 @@ class _CompiledKernel:
             return steps
         if kind == "streaming":
             return self._is_streaming(tensors, now)
-        if kind == "scratch":
-            return scratch.data_ptr() if scratch is not None else 0
+        if kind in ("pointer", "scratch"):
+            return 0  # known when it is called
         return getattr(now, kind)
 
-    def _address(self, tensor: Tensor, stride_t: int, steps: int, reverse: bool) -> int:
-        last = (steps - 1) * stride_t * tensor.element_size() if reverse and steps else 0
-        return tensor.data_ptr() + last
+    def _first_step(self, tensor: Tensor, stride_t: int, steps: int, i: int) -> int:
+        """Bytes from the tensor's first element to that of the first step."""
+        return (steps - 1) * stride_t * tensor.element_size() if i in self._reversed and steps else 0
 
     def _is_streaming(self, tensors: Sequence[Tensor], now: Plan) -> bool:
         total = sum(tensors[i].numel() * tensors[i].element_size() for i in self.source.streamed)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from snn_compile.ir.recurrence import Recurrence
-from snn_compile.lowering.launch import Direction, Kernel
+from snn_compile.lowering.launch import BoundKernel, Direction, Kernel
 from snn_compile.lowering.layout import Layout, Placement
 from snn_compile.lowering.triton.codegen import generate
 from snn_compile.lowering.triton.heuristics import lanes_and_steps, warps
@@ -107,11 +107,14 @@ class _Launcher:
     def __init__(self, text: KernelText, function: _Function) -> None:
         self.text, self.function = text, function
 
-    def __call__(self, tensors: Sequence[Tensor], placement: Placement, steps: int) -> None:
-        device = tensors[0].device
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            call = self.prepare(tensors, placement, steps)
-            call.function[(call.programs,)](*call.values, **call.constants, **call.options)
+    def bind(self, tensors: Sequence[Tensor], placement: Placement, steps: int) -> BoundKernel:
+        def call(tensors: Sequence[Tensor]) -> None:
+            device = tensors[0].device
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                call = self.prepare(tensors, placement, steps)
+                call.function[(call.programs,)](*call.values, **call.constants, **call.options)
+
+        return call
 
     def prepare(self, tensors: Sequence[Tensor], placement: Placement, steps: int) -> Launch:
         import triton.language as tl

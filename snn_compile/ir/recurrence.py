@@ -98,6 +98,8 @@ class Recurrence:
     meta: dict = field(default_factory=dict)
     #: compiled kernels by target, direction and layout, so that a call looks them up without generating their text
     kernels: dict = field(default_factory=dict, repr=False, compare=False)
+    #: prepared calls by target, direction, T, sizes and strides (`lowering.launch.Launch`)
+    launches: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def finals(self) -> tuple[Carry, ...]:
