@@ -173,8 +173,25 @@ def _make_graph(function, operands, decompositions) -> fx.GraphModule:  # type: 
         gm = make_fx(function, decomposition_table=decompositions)(*operands)
     except RuntimeError as error:
         raise Reject(f"autograd cannot differentiate one step alone: {str(error).splitlines()[0]}") from error
+    if any(_writes(n) for n in gm.graph.nodes):
+        gm = _without_writes(gm, operands)
     simplify(gm)
     return gm
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _without_writes(gm: fx.GraphModule, operands: Sequence[torch.Tensor]) -> fx.GraphModule:
+    """``u = 1 + x; u.pow_(2)  ->  u = 1 + x; v = u.pow(2)``: a surrogate's backward, or autograd, may write into its temporaries.
+
+    This is PyTorch's own functionalization, over a graph that autograd is no longer part of.
+    """
+    new = make_fx(torch.func.functionalize(_UnwrappingInterpreter(gm).run, remove="mutations"))(*operands)
+    if any(_writes(n) for n in new.graph.nodes):
+        raise Reject("the step writes into one of its operands")
+    return new
 
 
 class StepInterpreter(fx.Interpreter):
@@ -187,6 +204,17 @@ class StepInterpreter(fx.Interpreter):
         return result
 
 
+class _UnwrappingInterpreter(fx.Interpreter):
+    """Runs an ATen graph under functionalization and keeps the names its nodes have."""
+
+    def run_node(self, n: fx.Node):  # type: ignore[no-untyped-def]
+        result = super().run_node(n)
+        if isinstance(result, torch.Tensor) and torch._is_functional_tensor(result):
+            torch._sync(result)
+            _name_result(torch._from_functional_tensor(result), n)
+        return result
+
+
 def _name_result(result: object, n: fx.Node) -> None:
     mode = get_proxy_mode()
     if mode is None or not isinstance(result, torch.Tensor):
@@ -194,8 +222,8 @@ def _name_result(result: object, n: fx.Node) -> None:
     slot = get_proxy_slot(result, mode.tracer, None)
     if slot is not None:
         node = slot.proxy.node
-        node.meta.setdefault("user_name", base_name(n.name))
-        node.meta.setdefault("user_trace", n.meta.get("stack_trace", ""))
+        node.meta.setdefault("user_name", n.meta.get("user_name") or base_name(n.name))
+        node.meta.setdefault("user_trace", n.meta.get("user_trace") or n.meta.get("stack_trace", ""))
 
 
 def _name_nodes(gm: fx.GraphModule, names: Sequence[str]) -> None:
@@ -216,8 +244,6 @@ def simplify(gm: fx.GraphModule) -> None:
             continue
         if node.target is aten._assert_tensor_metadata.default:
             gm.graph.erase_node(node)
-        elif node.target is aten.logical_and_.default:
-            _make_functional(node, aten.logical_and.default)
         elif _is_identity(node):
             source = node.args[0]
             source.meta.setdefault("user_name", node.meta.get("user_name")) if node.meta.get("user_name") else None
@@ -226,18 +252,6 @@ def simplify(gm: fx.GraphModule) -> None:
     _fold_repeats(gm.graph)
     gm.graph.eliminate_dead_code()
     gm.recompile()
-
-
-def _make_functional(node: fx.Node, op: torch._ops.OpOverload) -> None:
-    """A write into a fresh mask (autograd's own, in the gradient of ``clamp(x, a, b)``) -> a value."""
-    target = node.args[0]
-    if target.op != "call_function" or target.meta["val"].dtype != torch.bool:  # type: ignore[union-attr]
-        return
-    node.target = op
-    user = node.next
-    while user.op != "root":
-        user.replace_input_with(target, node)
-        user = user.next
 
 
 def _inline_constant(gm: fx.GraphModule, node: fx.Node) -> None:

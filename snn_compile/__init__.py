@@ -2,10 +2,20 @@
 
 from snn_compile._version import __version__
 from snn_compile.config import options
+from snn_compile.decompositions import register_decomposition
 from snn_compile.errors import OptionError, Rejection, SnnCompileError
 from snn_compile.explain import Explanation, explain
 
-__all__ = ["Explanation", "OptionError", "Rejection", "SnnCompileError", "__version__", "explain", "options"]
+__all__ = [
+    "Explanation",
+    "OptionError",
+    "Rejection",
+    "SnnCompileError",
+    "__version__",
+    "explain",
+    "options",
+    "register_decomposition",
+]
 
 
 def _register_backend() -> None:

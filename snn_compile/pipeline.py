@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from snn_compile.lowering.launch import Direction
 from snn_compile.lowering.lower_loops import lower_loop, make_recurrence
 from snn_compile.passes.batch_time import batch_time
 from snn_compile.passes.classify import classify
+from snn_compile.passes.decompose import decompose
 from snn_compile.passes.distribute import Group, distribute, find_groups
 from snn_compile.passes.functionalize import functionalize
 from snn_compile.passes.hoist import find_invariant, hoist
@@ -40,6 +41,7 @@ kernel_log = getArtifactLogger("torch._inductor.snn_compile", "output_code")
 
 #: Everything `counters["snn_compile"]` counts.
 COUNTERS = (
+    "ops_decomposed",
     "loops_rerolled",
     "recurrences_lowered",
     "ops_time_batched",
@@ -52,6 +54,7 @@ COUNTERS = (
 #: The pipeline as a table of contents: (name, what it does).
 PASSES = (
     ("specialize", "module floats that dynamic=True made symbolic become numbers again, with a guard"),
+    ("decompose", "an opaque neuron op becomes the plain loop registered for it"),
     ("functionalize", "writes into loop-local tensors become values"),
     ("hoist_creations", "constant tensors are made once, before everything else"),
     ("reroll", "T equal iterations become one Loop"),
@@ -102,6 +105,9 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     dump(work, "0_dynamo")
     specialize_floats(work)
     drop_unread_sizes(work)
+    decomposed, refused = decompose(work)
+    report.rejections += refused
+    counters["snn_compile"]["ops_decomposed"] += decomposed
     functionalize(work)
     hoist_creations(work)
     dump(work, "1_functionalize")
@@ -232,7 +238,7 @@ def _lower(gm: fx.GraphModule, report: Report, dump: _Dump) -> None:
             recurrence = make_recurrence(call, loop, grad_enabled)
             target = targets.for_operands(call, recurrence)
         except Reject as r:
-            report.rejections.append(r.rejection)
+            report.rejections.append(replace(r.rejection, location=r.rejection.location or loop.location))
             continue
         report.steps[recurrence.name] = loop.length
         _describe(recurrence, call, loop, target.name)
@@ -260,6 +266,7 @@ def _finish(gm: fx.GraphModule) -> None:
     for node in reversed(list(gm.graph.nodes)):
         if node.op == "get_attr" and not node.users:
             gm.graph.erase_node(node)
+    gm.delete_all_unused_submodules()  # a loop that is left here could not be pickled, and AOTAutograd's cache would give up
     gm.graph.lint()
     gm.recompile()
 

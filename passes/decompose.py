@@ -1,0 +1,186 @@
+"""An opaque neuron op becomes the loop it stands for (`snn_compile.register_decomposition`).
+
+    s, v, h = sj_lif.forward(x, v, tau, …)  ->  h0 = v + (x[0] - v)/tau; s0 = spike(h0 - 1); v0 = …; s = stack([s0, …])
+
+The registered function is captured by Dynamo on the op's own examples, so that what is inlined has the form of every other
+graph, surrogate gradients included. A step taken alone, ``op(x.unsqueeze(0))[0]``, loses the wrapping of its single step.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from snn_compile.decompositions import Decomposition, decomposition_of
+from snn_compile.errors import Reject, Rejection
+from snn_compile.ir.values import example, is_getitem, user_location
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """The graph of a decomposition for one signature; `inputs`: which tensors of the call its placeholders are."""
+
+    graph: fx.GraphModule
+    inputs: tuple[int, ...]
+    #: for each result: its place among the graph's outputs, or (negative, minus one) among the tensors of the call
+    results: tuple[int, ...]
+
+
+def decompose(gm: fx.GraphModule) -> tuple[int, list[Rejection]]:
+    """Inline the decomposition of every op that has one; gives how many were, and why others were not."""
+    count, rejections, captured = 0, [], dict[object, _Captured]()
+    for node in [n for n in gm.graph.nodes if n.op == "call_function"]:
+        function = _decomposition(node)
+        if function is None:
+            continue
+        try:
+            _inline(gm, node, function, captured)
+            count += 1
+        except Reject as reject:
+            rejections.append(reject.rejection)
+    if count:
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+    return count, rejections
+
+
+def _decomposition(node: fx.Node) -> Decomposition | None:
+    if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return decomposition_of(node.target)
+    return None
+
+
+def _inline(gm: fx.GraphModule, node: fx.Node, function: Decomposition, captured: dict[object, _Captured]) -> None:
+    leaves = [*node.args, *node.kwargs.values()]
+    nodes = [a for a in leaves if isinstance(a, fx.Node)]
+    key = (function, tuple(_signature(example(a)) for a in leaves), tuple(node.kwargs))
+    if key not in captured:
+        captured[key] = _capture(node, function)
+    found = captured[key]
+    with gm.graph.inserting_before(node):
+        outputs = _Inliner(found.graph, gm, node).inline([nodes[i] for i in found.inputs])
+    results = [outputs[r] if r >= 0 else nodes[-1 - r] for r in found.results]
+    for user in list(node.users):
+        if not is_getitem(user):
+            raise Reject(f"the results of {node.target} are used as one tuple", node=node, location=user_location(node))
+        user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+        gm.graph.erase_node(user)
+    gm.graph.erase_node(node)
+    _unwrap_steps(gm, results)
+
+
+def _signature(value: object) -> object:
+    if not isinstance(value, Tensor):
+        return (type(value), value)
+    return (tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad)
+
+
+# ------------------------------------------------------------------------------------------------------------- capturing
+
+
+def _capture(node: fx.Node, function: Decomposition) -> _Captured:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), example)
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    if any(not isinstance(s, int) for a in tensors for s in a.shape):
+        raise Reject(f"{node.target} has sizes that are not known", node=node, location=user_location(node))
+    found: list[tuple[fx.GraphModule, tuple[int, ...], Sequence[object]]] = []
+
+    def keep(graph: fx.GraphModule, _: object) -> Callable[..., object]:
+        def run(*inputs: object) -> object:
+            outputs = graph(*inputs)
+            places = tuple(next(i for i, a in enumerate(tensors) if a is given) for given in inputs)
+            found.append((graph, places, outputs))
+            return outputs
+
+        return run
+
+    with torch._dynamo.config.patch(specialize_float=True):
+        results = torch.compile(_fresh(function), backend=keep, fullgraph=True, dynamic=False)(*args, **kwargs)
+    graph, inputs, outputs = found[0]
+    return _Captured(graph, inputs, tuple(_place(r, outputs, tensors) for r in results))
+
+
+def _fresh(function: Decomposition) -> Callable[..., Any]:
+    """A function Dynamo has never seen: it keeps what it compiled by code object, and gives up after eight signatures."""
+
+    def decomposition(*args: object, **kwargs: object) -> object:
+        return function(*args, **kwargs)
+
+    code = decomposition.__code__
+    return FunctionType(code.replace(), globals(), code.co_name, None, decomposition.__closure__)
+
+
+def _place(result: object, outputs: Sequence[object], tensors: Sequence[Tensor]) -> int:
+    for i, output in enumerate(outputs):
+        if output is result:
+            return i
+    return -1 - next(i for i, a in enumerate(tensors) if a is result)
+
+
+# -------------------------------------------------------------------------------------------------------------- inlining
+
+
+class _Inliner(fx.Interpreter):
+    """Copies a captured graph to before `node`, with examples of the graph it goes into."""
+
+    def __init__(self, graph: fx.GraphModule, gm: fx.GraphModule, node: fx.Node) -> None:
+        super().__init__(graph)
+        self.gm, self.node = gm, node
+        self.copies: dict[fx.Node, fx.Node] = {}
+        self.attributes: dict[str, str] = {}
+
+    def inline(self, inputs: Sequence[fx.Node]) -> list[fx.Node]:
+        placeholders = [n for n in self.module.graph.nodes if n.op == "placeholder"]
+        self.copies = dict(zip(placeholders, inputs, strict=True))
+        self.run(*(example(i) for i in inputs))
+        output = next(n for n in self.module.graph.nodes if n.op == "output")
+        return [self.copies[n] for n in output.args[0]]
+
+    def run_node(self, n: fx.Node) -> object:
+        value = super().run_node(n)
+        if n.op in ("placeholder", "output"):
+            return value
+        new = self.gm.graph.node_copy(n, self.copies.__getitem__)
+        if n.op == "get_attr":
+            new.target = self._attribute(str(n.target), value)
+        new.meta = {"example_value": value, "stack_trace": self.node.meta.get("stack_trace", "")}
+        self.copies[n] = new
+        return value
+
+    def _attribute(self, name: str, value: object) -> str:
+        """`value` as an attribute of the graph it goes into, once a call."""
+        if name not in self.attributes:
+            i = 0
+            while hasattr(self.gm, f"decomposed_{i}"):
+                i += 1
+            self.attributes[name] = f"decomposed_{i}"
+            setattr(self.gm, self.attributes[name], value)
+        return self.attributes[name]
+
+
+# ---------------------------------------------------------------------------------------------------------- single steps
+
+
+def _unwrap_steps(gm: fx.GraphModule, results: Sequence[fx.Node]) -> None:
+    """``stack([a, b])[1] -> b`` and ``x.unsqueeze(0)[0] -> x``: what is left of a step that was taken alone."""
+    for stack in results:
+        if stack.target is torch.stack and len(stack.args) + len(stack.kwargs) == 1:
+            for user in list(stack.users):
+                if is_getitem(user) and type(user.args[1]) is int:
+                    _replace(gm, user, stack.args[0][user.args[1]])  # type: ignore[index]
+    for node in list(gm.graph.nodes):
+        if node.target is operator.getitem and node.args[1] == 0 and type(node.args[1]) is int:
+            source = node.args[0]
+            if source.target in ("unsqueeze", torch.unsqueeze) and source.args[1:] == (0,):
+                _replace(gm, node, source.args[0])
+
+
+def _replace(gm: fx.GraphModule, node: fx.Node, by: object) -> None:
+    node.replace_all_uses_with(by)  # type: ignore[arg-type]
+    gm.graph.erase_node(node)
