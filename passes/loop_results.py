@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
+from snn_compile.errors import VerificationError
 from snn_compile.ir.loop import LoopOutput
 from snn_compile.ir.values import example
 
@@ -39,7 +40,7 @@ def rewire_output(graph: fx.Graph, plan: LoopPlan, residue: int, y: LoopOutput, 
         users.update(dict.fromkeys(by_step))
     for user in list(users):
         stacked = stack_of(user)
-        if stacked is not None and _replace_stack(graph, user, *stacked, steps, y, ys):
+        if stacked is not None and _replace_stack(graph, plan, user, *stacked, steps, y, ys):
             continue
         for node, t in steps.items():
             if user in node.users:
@@ -55,6 +56,7 @@ def _slice(graph: fx.Graph, ys: fx.Node, y: LoopOutput, t: int) -> fx.Node:
 
 def _replace_stack(
     graph: fx.Graph,
+    plan: LoopPlan,
     user: fx.Node,
     values: list[object],
     dim: int,
@@ -73,7 +75,7 @@ def _replace_stack(
     dim = dim % (y.example.dim() + 1)
     with graph.inserting_before(user):
         node = ys
-        if len(times) != len(steps):
+        if len(times) != plan.count:  # (the last iteration may have had no such value: its dead tail was added)
             node = graph.call_method("narrow", (node, y.dim, times[0], len(times)))
             node.meta = {"example_value": example(ys).narrow(y.dim, times[0], len(times))}  # type: ignore[union-attr]
         if dim != y.dim:
@@ -87,6 +89,9 @@ def _replace_stack(
                 parts.append(graph.call_function(torch.stack, (values[last + 1 :], dim)))
             node = graph.call_function(torch.cat, (parts, dim))
         node.meta = node.meta if node is ys else {**node.meta, "example_value": example(user)}
+    new, old = example(node), example(user)
+    if isinstance(new, torch.Tensor) and isinstance(old, torch.Tensor) and new.shape != old.shape:
+        raise VerificationError(f"'{user.name}' of {tuple(old.shape)} was replaced by {tuple(new.shape)}")
     user.replace_all_uses_with(node)
     graph.erase_node(user)
     return True

@@ -19,6 +19,7 @@ taken in. Nothing is recognised by name; equality of `autograd_function_apply` b
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import fx
 
@@ -68,11 +69,11 @@ def _first_loop(
             plan = _plan(view, repeat, min_length)
             loop = plan.build(name)
         except Reject as r:
-            rejections[key] = r.rejection
+            rejections[key] = replace(r.rejection, ops=repeat.covered)
             continue
         reason = accept(loop)
         if reason is not None:
-            rejections[key] = reason
+            rejections[key] = replace(reason, ops=repeat.covered)
             continue
         plan.replace(loop)
         return loop

@@ -41,6 +41,7 @@ IDENTITIES = {
     aten.alias.default,
     aten.clone.default,
     aten.expand.default,
+    aten.lift_fresh.default,
     aten.lift_fresh_copy.default,
     aten.view.default,
     aten.reshape.default,
@@ -165,7 +166,14 @@ def _trace(function, operands, names, supported, shape) -> fx.GraphModule:  # ty
 
 @functools.cache
 def _core_decompositions() -> dict:  # type: ignore[type-arg]
-    return dict(core_aten_decompositions().items())
+    return {**core_aten_decompositions(), aten.div.Tensor_mode: _truncating_div}
+
+
+def _truncating_div(a: torch.Tensor, b: torch.Tensor, *, rounding_mode: str | None) -> torch.Tensor:
+    """``div(a, b, rounding_mode="trunc") -> trunc(a/b)``, where that is what eager computes bit for bit."""
+    if rounding_mode == "trunc" and torch.result_type(a, b) in (torch.float32, torch.float64):
+        return torch.trunc(a / b)
+    return NotImplemented
 
 
 def _make_graph(function, operands, decompositions) -> fx.GraphModule:  # type: ignore[no-untyped-def]

@@ -25,6 +25,8 @@ class Rejection:
     node: str = ""
     location: str = ""
     hint: str = ""
+    #: ops of the graph that the refused candidate covers; 0 where that is not known
+    ops: int = 0
 
     def __str__(self) -> str:
         where = f" at {self.location}" if self.location else ""

@@ -80,7 +80,10 @@ class Explanation:
         if look_alike and (int(look_alike[1]) <= 2 or (self.loops and rejection.location in lines)):
             return True
         if not self.loops:
-            return False
+            return rejection.ops < max((r.ops for r in self.rejections), default=0) / 2
+        step = max(len(loop.body.graph.nodes) for loop in self.loops)
+        if 0 < rejection.ops <= step:  # layers that look alike, inside of one step
+            return True
         searching = look_alike or "nothing is carried" in rejection.reason
         return bool(searching) or not rejection.location or "an index" in rejection.reason
 

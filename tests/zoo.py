@@ -270,6 +270,23 @@ def snntorch_style(x):
 
 
 @case()
+def static_input_two_layers(x):
+    """No step reads a slice of x, so that an iteration may begin anywhere; the last one lacks its dead tail."""
+    current, steps = x[0], x.shape[0]
+    m1, m2 = torch.zeros_like(current), torch.zeros_like(current)
+    spikes, mems = [], []
+    for _ in range(steps):
+        reset = ATan.apply(m1 - 1.0, 2.0).clone().detach()
+        m1 = 0.9 * m1 + current - reset * 1.0
+        s1 = ATan.apply(m1 - 1.0, 2.0)
+        reset = ATan.apply(m2 - 0.5, 2.0).clone().detach()
+        m2 = 0.8 * m2 + 0.7 * s1 - reset * 0.5
+        spikes.append(ATan.apply(m2 - 0.5, 2.0))
+        mems.append(m2)
+    return torch.stack(spikes), torch.stack(mems)
+
+
+@case()
 def norse_style(x):
     v = torch.zeros_like(x[0])
     i = torch.zeros_like(x[0])
