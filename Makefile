@@ -2,6 +2,9 @@
 # PYTEST_ARGS go to pytest: make test PYTEST_ARGS="-k reroll -x".
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# The libraries whose models are compiled and compared with, and what their imports need; without their own dependencies, among
+# which are torchvision and a driver for neuromorphic chips.
+PEERS := spikingjelly==2.0.0 snntorch==1.0.0 norse==1.1.0 sinabs==3.1.3 nir nirtorch pbr h5py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -32,6 +35,8 @@ setup: .venv/.stamp
 	@echo "setting up .venv (the first time this downloads torch)"
 	@"$(PYTHON)" -m venv .venv
 	@$(PY) -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(PY) -m pip install -qq --disable-pip-version-check --constraint constraints.txt --no-deps $(PEERS) \
+		|| echo "the libraries compared with are not here: tests/ecosystem will be skipped"
 	@touch $@
 
 demo: setup

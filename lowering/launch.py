@@ -109,16 +109,18 @@ def allocate_gradients(recurrence: Recurrence, operands: Sequence[Tensor], steps
 
 
 @dataclass(frozen=True)
-class _Result:
+class ResultSpec:
+    """Size, layout and dtype of a result, to make the next one like it."""
+
     size: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     is_large: bool
 
     @staticmethod
-    def like(tensor: Tensor) -> _Result:
+    def like(tensor: Tensor) -> ResultSpec:
         is_large = tensor.untyped_storage().nbytes() >= THRESHOLD
-        return _Result(tuple(tensor.shape), tensor.stride(), tensor.dtype, is_large)
+        return ResultSpec(tuple(tensor.shape), tensor.stride(), tensor.dtype, is_large)
 
     def allocate(self, device: torch.device) -> Tensor:
         result = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=device)
@@ -132,7 +134,7 @@ class Launch:
     In a small network the work in Python before a kernel takes longer than the kernel; it is done once.
     """
 
-    results: tuple[_Result, ...]
+    results: tuple[ResultSpec, ...]
     kernel: BoundKernel | None  # None: there is nothing to compute
     #: a zero of each absent cotangent, by position
     zeros: tuple[tuple[int, Tensor], ...] = ()
@@ -198,7 +200,7 @@ def _prepare_forward(recurrence: Recurrence, target: Target, operands: Sequence[
     wide += results[len(recurrence.ys) :]
     timed += [True] * len(recurrence.ys) + [False] * len(recurrence.finals)
     kernel = _bind(recurrence, target, "forward", shape, wide, timed, steps)
-    return Launch(tuple(map(_Result.like, results)), kernel)
+    return Launch(tuple(map(ResultSpec.like, results)), kernel)
 
 
 def _prepare_backward(
@@ -231,7 +233,7 @@ def _prepare_backward(
     n_xs = sum(x.needs_grad for x in recurrence.xs)
     timed += [n_inits <= i < n_inits + n_xs for i in range(len(gradients))]
     kernel = _bind(recurrence, target, "backward", shape, wide, timed, steps)
-    return Launch(tuple(map(_Result.like, gradients)), kernel, tuple(zeros))
+    return Launch(tuple(map(ResultSpec.like, gradients)), kernel, tuple(zeros))
 
 
 def _widen_operands(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -63,7 +64,8 @@ def lower_loop(gm: fx.GraphModule, call: fx.Node, loop: Loop, recurrence: Recurr
     op = register(recurrence, target_for)
     graph = gm.graph
     with graph.inserting_before(call):
-        new = graph.call_function(op, (*call.args, loop.length))
+        operands: list[Any] = [_detached(graph, a) if recurrence.backward is None else a for a in call.args]
+        new = graph.call_function(op, (*operands, loop.length))
         new.meta = dict(call.meta)
         results = [*loop.ys, *(c for c in loop.carries if c.is_result)]
         users = list(call.users)
@@ -80,6 +82,16 @@ def lower_loop(gm: fx.GraphModule, call: fx.Node, loop: Loop, recurrence: Recurr
     graph.erase_node(call)
     delattr(gm, str(call.target))
     return new
+
+
+def _detached(graph: fx.Graph, operand: object) -> object:
+    """No gradient passes the recurrence: say so, or autograd warns that the op has no derivative."""
+    value = example(operand)
+    if not isinstance(operand, fx.Node) or not isinstance(value, torch.Tensor) or not value.requires_grad:
+        return operand
+    detached = graph.call_method("detach", (operand,))
+    detached.meta = {**operand.meta, "example_value": value.detach()}
+    return detached
 
 
 def _inline_constants(call: fx.Node, loop: Loop) -> None:

@@ -28,10 +28,9 @@ __all__ = ["decomposition_of", "register_decomposition"]
 Decomposition = Callable[..., Any]
 
 #: Modules that register the loops of a namespace when one of its ops is met; the library itself is never imported.
-SHIPPED = {
-    namespace: "snn_compile.compat.spikingjelly"
-    for namespace in ("sj_if", "sj_lif", "sj_plif", "sj_ilif", "sj_qif", "sj_eif", "sj_izhikevich")
-}
+SHIPPED = dict.fromkeys(
+    ("sj_if", "sj_lif", "sj_plif", "sj_ilif", "sj_qif", "sj_eif", "sj_izhikevich"), "snn_compile.compat.spikingjelly"
+)
 
 _registered: dict[str, Decomposition] = {}
 

@@ -9,13 +9,16 @@ called at several T, which checks the kernels.
 
 from __future__ import annotations
 
+import argparse
 import collections
 import contextlib
+import time
 from unittest import mock
 
 import hypothesis
+import pytest
 import torch
-from hypothesis import HealthCheck
+from hypothesis import HealthCheck, given, settings
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -25,7 +28,7 @@ from snn_compile.ir.recurrence import Recurrence
 from snn_compile.ir.values import example
 from snn_compile.lowering import ops, registration, targets
 from snn_compile.pipeline import Report, run_pipeline
-from tests.random_steps import Program
+from tests.random_steps import EXACT, INEXACT, OPAQUE, Program, programs
 
 #: relative to the largest gradient of an operand; the order of additions over t and lanes is not eager's
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-12}
@@ -178,24 +181,88 @@ def _as_graph(graph, tracer, fakes):  # type: ignore[no-untyped-def]
         yield proxies
 
 
-def check_interpreted(program: Program) -> Report:
+def check(program: Program, kernels: bool = False) -> Report:
+    """`kernels`: the recurrences run as generated C++; else step by step in eager."""
     operands = program.operands()
     try:
         expected = program.loop(*operands)
     except RuntimeError:  # a state that grows by broadcasting: its steps cannot be stacked
         hypothesis.reject()
+        raise
     got_operands = again(operands)
     gm = unrolled(program, operands)
-    with interpreted():
+    with contextlib.nullcontext() if kernels else interpreted():
         gm, report = run_pipeline(gm, Config(strict=True))
         for module in gm.modules():
             if isinstance(module, Loop):
                 verify(module)
         got = fx.Interpreter(gm).run(*got_operands)
         compare(expected, got, operands, got_operands, program.dtype)
-    seen["examples"] += 1
+    seen["examples, compiled" if kernels else "examples"] += 1
     seen["examples with a recurrence"] += bool(report.recurrences)
     seen["recurrences"] += len(report.recurrences)
     for rejection in report.rejections:
         seen["left alone: " + rejection.reason.split(":")[0].split("'")[0]] += 1
     return report
+
+
+# ------------------------------------------------------------------------------------------------------------------ tests
+
+
+def run(examples: int, seed: int | None = None, kernels: bool = False, **what) -> None:  # type: ignore[no-untyped-def]
+    """`examples` programs; those of `seed`, or always the same ones."""
+
+    @settings(max_examples=examples, **{**SETTINGS, "derandomize": seed is None})
+    @given(programs(**what))
+    def test(program: Program) -> None:
+        check(program, kernels)
+
+    (test if seed is None else hypothesis.seed(seed)(test))()
+
+
+EXACT_OPS, ALL_OPS = (*EXACT, *OPAQUE), (*EXACT, *INEXACT, *OPAQUE)
+FAMILIES = {
+    "fp32 and fp64": ({"ops": ALL_OPS}, 240),
+    "long loops": ({"ops": EXACT_OPS, "max_steps": 300}, 50),
+    "bf16 and fp16": ({"ops": EXACT_OPS, "dtypes": (torch.bfloat16, torch.float16)}, 100),
+    "neurons": ({"ops": ("spike", "leak", "reset", "compare", "where", "both")}, 100),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_passes_keep_the_meaning(family):
+    """Interpreted: 490 programs in all."""
+    what, examples = FAMILIES[family]
+    seen.clear()
+    run(examples, **what)
+    assert seen["examples"] >= 0.9 * examples
+    assert seen["examples with a recurrence"] >= 0.4 * examples, seen  # else the test says little
+    if family != "bf16 and fp16":
+        assert seen["gradients compared"] >= examples / 2, seen
+
+
+@pytest.mark.slow
+def test_kernels_keep_the_meaning():
+    """Compiled: forward of the kernels bit for bit, gradients to rounding."""
+    seen.clear()
+    run(70, kernels=True, ops=EXACT_OPS, max_steps=40)
+    assert seen["examples with a recurrence"] >= 10 and seen["gradients compared"] >= 20, seen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--examples", type=int, default=2000)
+    parser.add_argument("--compiled", type=int, default=0, help="how many more, with generated C++ kernels")
+    parser.add_argument("--seed", type=int, default=1)
+    given = parser.parse_args()
+    start = time.perf_counter()
+    run(given.examples, given.seed, ops=ALL_OPS, max_steps=300)
+    if given.compiled:
+        run(given.compiled, given.seed, kernels=True, ops=EXACT_OPS)
+    print(f"seed {given.seed}, torch {torch.__version__}, {time.perf_counter() - start:.0f} s, no failure")
+    for what, count in seen.most_common():
+        print(f"{count:7} {what}")
+
+
+if __name__ == "__main__":
+    main()

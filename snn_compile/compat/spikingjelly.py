@@ -1,4 +1,4 @@
-"""The neuron ops of SpikingJelly 2.0 as plain loops: `sj_if`, `sj_lif`, `sj_plif`, `sj_ilif`, `sj_qif`, `sj_eif`, `sj_izhikevich`.
+"""The neuron ops of SpikingJelly 2.0 (`sj_lif.forward` and its like) as plain loops.
 
 Each op takes the inputs of all steps ``x [T, ...]`` and the initial potential ``v [...]`` and gives ``(spikes [T, ...],
 potential, charged potential [T, ...])``, where the potential is that of every step if `store_v_seq`, else the last one.

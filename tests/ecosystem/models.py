@@ -1,0 +1,249 @@
+"""Other libraries' neurons and tutorial networks, unmodified, each with what becomes of it under `backend="snn"`.
+
+`Model.recurrences`: how many kernels it must become (at least). `Model.reason`: where that is none, why.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+T, B, N = 6, 4, 20
+
+
+@dataclass(frozen=True)
+class Model:
+    library: str
+    name: str
+    make: Callable[[], nn.Module]
+    recurrences: int = 1
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.library}-{self.name}"
+
+    def inputs(self) -> Tensor:
+        return (torch.rand(T, B, N, generator=torch.Generator().manual_seed(1)) * 2).requires_grad_()
+
+
+class Loop(nn.Module):
+    """``for t in range(T): y, *state = cell(x[t], *state)``, the tutorial form of every library."""
+
+    def __init__(self, cell: nn.Module, start: Callable[[nn.Module, Tensor], tuple] = lambda cell, x: ()) -> None:
+        super().__init__()
+        self.cell, self.start = cell, start
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        state, spikes, traces = self.start(self.cell, x[0]), [], []
+        for t in range(x.shape[0]):
+            result = self.cell(x[t], *state)
+            spike, *new = result if isinstance(result, tuple) else (result,)
+            state = new if state else ()  # a cell that keeps its state itself takes none
+            spikes.append(spike)
+            traces.append(new[-1] if new and isinstance(new[-1], Tensor) else spike)
+        return torch.stack(spikes), torch.stack(traces)
+
+
+def has(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
+
+
+def models() -> Iterator[Model]:
+    """The models of the libraries that are installed."""
+    for library, found in (
+        ("snntorch", snntorch),
+        ("spikingjelly", spikingjelly),
+        ("norse", norse),
+        ("sinabs", sinabs),
+    ):
+        if has(library):
+            yield from (Model(library, *m) if isinstance(m, tuple) else m for m in found())
+
+
+# -------------------------------------------------------------------------------------------------------------- snnTorch
+
+
+def snntorch() -> Iterator[tuple]:  # type: ignore[type-arg]
+    import snntorch as snt
+    from snntorch import surrogate
+
+    def one(name: str) -> Callable[[nn.Module, Tensor], tuple]:  # type: ignore[type-arg]
+        def start(cell: nn.Module, x: Tensor) -> tuple:  # type: ignore[type-arg]
+            state = getattr(cell, name)()
+            return state if isinstance(state, tuple) else (state,)
+
+        return start
+
+    def hidden(cell: nn.Module, x: Tensor) -> tuple:  # type: ignore[type-arg]
+        cell.reset_mem()
+        return ()
+
+    def leaky(**options: object) -> Callable[[], nn.Module]:
+        return lambda: Loop(snt.Leaky(beta=0.9, **options), one("init_leaky"))
+
+    branch = "Dynamo: `if` on a tensor, inside of the neuron"
+    matmul = "the recurrent layer is inside of the state"
+    for reset in ("subtract", "zero", "none"):
+        yield f"Leaky, {reset}", leaky(reset_mechanism=reset)
+        yield f"Leaky, {reset}, no delay", leaky(reset_mechanism=reset, reset_delay=False), 0, branch
+    yield "Leaky, fast sigmoid", leaky(spike_grad=surrogate.fast_sigmoid(slope=25))
+    yield "Leaky, sigmoid", leaky(spike_grad=surrogate.sigmoid(slope=5))
+    yield "Leaky, learnt", lambda: Loop(
+        snt.Leaky(beta=torch.full((N,), 0.8), learn_beta=True, learn_threshold=True), one("init_leaky")
+    )
+    yield "Leaky, hidden state", lambda: Loop(snt.Leaky(beta=0.9, init_hidden=True, output=True), hidden)
+    yield "Lapicque", lambda: Loop(snt.Lapicque(beta=0.8), one("init_lapicque"))
+    yield "Synaptic", lambda: Loop(snt.Synaptic(alpha=0.9, beta=0.8), one("init_synaptic"))
+    yield "Alpha", lambda: Loop(snt.Alpha(alpha=0.9, beta=0.8), one("init_alpha"))
+    yield "RLeaky, one to one", lambda: Loop(snt.RLeaky(beta=0.9, all_to_all=False), one("init_rleaky"))
+    yield "RLeaky", lambda: Loop(snt.RLeaky(beta=0.9, linear_features=N), one("init_rleaky")), 0, matmul
+    yield "RSynaptic", lambda: Loop(snt.RSynaptic(alpha=0.9, beta=0.8, linear_features=N), one("init_rsynaptic")), 0, matmul
+    yield "LeakyParallel", lambda: snt.LeakyParallel(N, N), 0, "Dynamo does not enter `nn.RNN`"
+    yield "tutorial net", lambda: TutorialNet(snt), 2
+    yield "tutorial net, static input", lambda: TutorialNet(snt, static=True), 2
+
+
+class TutorialNet(nn.Module):
+    """Tutorial 5 of snnTorch."""
+
+    def __init__(self, snt, hidden: int = 32, outputs: int = 10, static: bool = False) -> None:  # type: ignore[no-untyped-def]
+        super().__init__()
+        self.fc1, self.lif1 = nn.Linear(N, hidden), snt.Leaky(beta=0.95)
+        self.fc2, self.lif2 = nn.Linear(hidden, outputs), snt.Leaky(beta=0.95)
+        self.static = static
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mem1, mem2 = self.lif1.init_leaky(), self.lif2.init_leaky()
+        spk2_rec, mem2_rec = [], []
+        for step in range(x.shape[0]):
+            cur1 = self.fc1(x[0] if self.static else x[step])
+            spk1, mem1 = self.lif1(cur1, mem1)
+            cur2 = self.fc2(spk1)
+            spk2, mem2 = self.lif2(cur2, mem2)
+            spk2_rec.append(spk2)
+            mem2_rec.append(mem2)
+        return torch.stack(spk2_rec, dim=0), torch.stack(mem2_rec, dim=0)
+
+
+# ---------------------------------------------------------------------------------------------------------- SpikingJelly
+
+
+def spikingjelly() -> Iterator[tuple]:  # type: ignore[type-arg]
+    from spikingjelly.activation_based import functional, neuron, surrogate
+
+    nodes: dict[str, Callable[[], nn.Module]] = {
+        f"{name}{label}": lambda cls=getattr(neuron, name), options=options: cls(**options)
+        for name in ("IFNode", "LIFNode", "ParametricLIFNode", "QIFNode", "EIFNode", "IzhikevichNode", "KLIFNode")
+        for label, options in (("", {}), (", soft", {"v_reset": None}), (", detached", {"detach_reset": True}))
+        if not (label and name in ("QIFNode", "EIFNode", "IzhikevichNode"))
+    }
+    nodes |= {
+        "LIFNode, no decay of the input": lambda: neuron.LIFNode(decay_input=False),
+        "LIFNode, all states": lambda: neuron.LIFNode(store_v_seq=True),
+        "LIAFNode": lambda: neuron.LIAFNode(torch.relu, False),
+        "CUBALIFNode": lambda: neuron.CUBALIFNode(),
+        "SLTTLIFNode": lambda: neuron.SLTTLIFNode(),
+    }
+    for kind in ("ATan", "PiecewiseQuadratic", "PiecewiseExp", "SoftSign", "SuperSpike", "Erf"):
+        nodes[f"LIFNode, {kind}"] = lambda kind=kind: neuron.LIFNode(surrogate_function=getattr(surrogate, kind)())
+    for name, make in nodes.items():
+        yield f"{name}, single step", lambda make=make: Loop(make())
+        if name != "LIFNode, all states":
+            yield f"{name}, multi-step", lambda make=make: _multi_step(functional, make())
+    yield "PSN", lambda: neuron.PSN(T), 0, "no state: one matrix product over time"
+    yield "tutorial net", lambda: JellyNet(neuron, surrogate), 2
+
+
+def _multi_step(functional, module: nn.Module) -> nn.Module:  # type: ignore[no-untyped-def]
+    functional.set_step_mode(module, "m")
+    return module
+
+
+class JellyNet(nn.Module):
+    """The single-step form of SpikingJelly's first tutorial: firing rates of a two-layer net."""
+
+    def __init__(self, neuron, surrogate) -> None:  # type: ignore[no-untyped-def]
+        super().__init__()
+        self.layer = nn.Sequential(
+            nn.Linear(N, 32, bias=False),
+            neuron.LIFNode(tau=2.0, surrogate_function=surrogate.ATan()),
+            nn.Linear(32, 10, bias=False),
+            neuron.LIFNode(tau=2.0, surrogate_function=surrogate.ATan()),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        rate = 0.0
+        for t in range(x.shape[0]):
+            rate += self.layer(x[t])
+        return rate / x.shape[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------- Norse
+
+
+def norse() -> Iterator[tuple]:  # type: ignore[type-arg]
+    import norse.torch as nt
+    from torch.utils._pytree import tree_map
+
+    class Given(nn.Module):
+        """The initial state is made outside of the compiled function: Norse's own writes `requires_grad`, a graph break."""
+
+        def __init__(self, cell: nn.Module) -> None:
+            super().__init__()
+            self.cell = cell
+            start = cell.state_fallback if hasattr(cell, "state_fallback") else cell.initial_state
+            self.state = tree_map(lambda s: s.detach() if isinstance(s, Tensor) else s, start(torch.zeros(B, N)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            state, out = self.state, []
+            for t in range(x.shape[0]):
+                y, state = self.cell(x[t], state)
+                out.append(y)
+            return torch.stack(out)
+
+    class First(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.module(x)[0]
+
+    for name in ("LIFCell", "LIFBoxCell", "IAFCell", "LICell", "LIBoxCell", "LIFAdExCell", "LIFExCell", "LSNNCell"):
+        yield f"{name}, state given", lambda name=name: Given(getattr(nt, name)())
+    breaks = "Dynamo: `state.v.requires_grad = True`; pass the state"
+    yield "LIFCell", lambda: Loop(nt.LIFCell(), lambda cell, x: (None,)), 0, breaks
+    for name in ("LIF", "LI", "LSNN", "LIFAdEx", "LIFEx"):
+        yield name, lambda name=name: First(getattr(nt, name)())
+
+
+# ---------------------------------------------------------------------------------------------------------------- sinabs
+
+
+def sinabs() -> Iterator[tuple]:  # type: ignore[type-arg]
+    import sinabs.activation as sa
+    import sinabs.layers as sl
+
+    class BatchFirst(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.transpose(0, 1).contiguous())
+
+    made: dict[str, Callable[..., nn.Module]] = {
+        "IAF": lambda **o: sl.IAF(**o),
+        "LIF": lambda **o: sl.LIF(tau_mem=20.0, **o),
+        "LIF, synapse": lambda **o: sl.LIF(tau_mem=20.0, tau_syn=10.0, **o),
+        "LIF, reset to zero": lambda **o: sl.LIF(tau_mem=20.0, reset_fn=sa.MembraneReset(), **o),
+        "ALIF": lambda **o: sl.ALIF(tau_mem=20.0, tau_adapt=20.0, **o),
+    }
+    for name, make in made.items():
+        yield f"{name}, MaxSpike", lambda make=make: BatchFirst(make(spike_fn=sa.MaxSpike()))
+    yield "LIF", lambda: BatchFirst(sl.LIF(tau_mem=20.0)), 0, "Dynamo: a class attribute of an autograd.Function; use MaxSpike()"
+    yield "ExpLeak", lambda: BatchFirst(sl.ExpLeak(tau_mem=20.0))
