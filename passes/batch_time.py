@@ -9,21 +9,27 @@ Everything else stays per step.
 The folded op computes the same sums, but a BLAS or convolution library may add them in another order for another batch
 size: results agree to rounding, not bit for bit. ``options={"batch_time": False}`` keeps the layers per step.
 
-Does not fire: ops that write or draw random numbers, a parameter with a batch dim of its own, reversed time, ops with no rule.
+Batch norm in training mode keeps its statistics per step (`passes/batch_norm_over_time`). Dropout and other random ops draw
+the numbers of all steps at once: the same distribution, another order than eager's.
+
+Does not fire: other ops that write, a parameter with a batch dim of its own, reversed time, ops with no rule.
 """
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from snn_compile.errors import Reject
 from snn_compile.ir.loop import Loop
-from snn_compile.ir.values import example
+from snn_compile.ir.values import example, flat_nodes
+from snn_compile.passes.batch_norm_over_time import batch_norm_over_time, check_batch_norm
 from snn_compile.passes.classify import OpInfo
 
 #: Says whether the node treats dim 0 of its first operand as a batch; the other operands are constants of the loop.
@@ -76,6 +82,11 @@ RULES: dict[object, Rule] = {
     F.group_norm: lambda node: _dim(node) >= 2,
     F.softmax: _other_dim,
     torch.softmax: _other_dim,
+    F.dropout: lambda node: _dim(node) >= 1,
+    F.dropout2d: _has_batch(2),
+    torch.rand_like: lambda node: _dim(node) >= 1,
+    torch.randn_like: lambda node: _dim(node) >= 1,
+    torch.bernoulli: lambda node: _dim(node) >= 1,
     torch.flatten: _flattens_behind_batch,
     "flatten": _flattens_behind_batch,
     "softmax": _other_dim,
@@ -94,8 +105,11 @@ def batch_time(gm: fx.GraphModule, call: fx.Node, loop: Loop, infos: dict[fx.Nod
         for placeholder, x in zip(placeholders[n : n + m], xs, strict=True):
             env[placeholder] = _emit(graph, "call_method", "flatten", (x, 0, 1), {})
         for node in infos:
-            args = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-            env[node] = _emit(graph, node.op, node.target, args[0], args[1])
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+            if node.target is F.batch_norm and infos[node].writes:
+                env[node] = _emit_function(graph, batch_norm_over_time, (loop.length, *args), kwargs)
+            else:
+                env[node] = _emit(graph, node.op, node.target, args, kwargs)
             env[node].meta = {**node.meta, **env[node].meta}
         next_carries, values = loop.results()
         series = {v: _unfold(graph, env[v], loop.length) for v in dict.fromkeys((*values, *next_carries))}
@@ -123,13 +137,27 @@ def _unfold(graph: fx.Graph, node: fx.Node, length: int) -> fx.Node:
 def _emit(graph: fx.Graph, op: str, target, args, kwargs) -> fx.Node:  # type: ignore[no-untyped-def]
     """A node with its example, found by running it on the examples of its operands."""
     node = graph.create_node(op, target, args, kwargs)
-    values = fx.node.map_arg((args, kwargs), example)
-    if op == "call_method":
-        result = getattr(values[0][0], target)(*values[0][1:], **values[1])
-    else:
-        result = target(*values[0], **values[1])
-    node.meta["example_value"] = result
+    node.meta["example_value"] = _run(op, target, args, kwargs)
     return node
+
+
+def _emit_function(graph: fx.Graph, function, args, kwargs) -> fx.Node:  # type: ignore[no-untyped-def]
+    """The nodes of a function in plain PyTorch, with their examples."""
+    before = set(graph.nodes)
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    proxies = fx.node.map_arg((args, kwargs), lambda n: fx.Proxy(n, tracer))
+    result = function(*proxies[0], **proxies[1])
+    fakes = [v for v in map(example, flat_nodes(args)) if isinstance(v, FakeTensor)]
+    with fakes[0].fake_mode if fakes else contextlib.nullcontext():
+        for node in graph.nodes:
+            if node not in before:
+                node.meta["example_value"] = _run(node.op, node.target, node.args, node.kwargs)
+    return result.node
+
+
+def _run(op: str, target, args, kwargs) -> object:  # type: ignore[no-untyped-def]
+    (first, *rest), keywords = fx.node.map_arg((args, kwargs), example)
+    return getattr(first, target)(*rest, **keywords) if op == "call_method" else target(first, *rest, **keywords)
 
 
 def _check(loop: Loop, infos: dict[fx.Node, OpInfo]) -> None:
@@ -145,7 +173,9 @@ def _check(loop: Loop, infos: dict[fx.Node, OpInfo]) -> None:
         raise Reject("its inputs have no common batch dim", **where)
     folded = set(placeholders[n : n + m])
     for node, info in infos.items():
-        if not (info.pure and _is_batched(node, info, folded)):
+        if node.target is F.batch_norm and info.writes:
+            check_batch_norm(node, folded)
+        elif not ((info.pure or not info.writes) and _is_batched(node, info, folded)):
             raise Reject(f"'{_name(node.target)}' is not known to treat its first dim as a batch", node=node.name, **where)
         folded.add(node)
     next_carries, values = loop.results()

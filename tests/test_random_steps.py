@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import dataclasses
 import time
 from unittest import mock
 
@@ -55,7 +56,8 @@ def gradients(results, operands):  # type: ignore[no-untyped-def]
     return torch.autograd.grad(wanted, leaves, weights, allow_unused=True)
 
 
-def compare(expected, got, operands, got_operands, dtype):  # type: ignore[no-untyped-def]
+def compare(program, expected, got, operands, got_operands):  # type: ignore[no-untyped-def]
+    dtype = program.dtype
     for a, b in zip(expected, got, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         torch.testing.assert_close(b, a, rtol=0, atol=0, equal_nan=True)
@@ -65,13 +67,30 @@ def compare(expected, got, operands, got_operands, dtype):  # type: ignore[no-un
     if any(g is not None and not g.isfinite().all() for g in wanted):
         seen["gradient of eager overflows"] += 1
         return
-    for a, b in zip(wanted, gradients(got, got_operands) or [None] * len(wanted), strict=True):
+    found = gradients(got, got_operands) or [None] * len(wanted)
+    for i, (a, b) in enumerate(zip(wanted, found, strict=True)):
         if a is None or b is None:
             assert (a is None or not a.any()) and (b is None or not b.any())
             continue
         assert a.dtype == b.dtype and a.shape == b.shape
-        torch.testing.assert_close(b, a, rtol=0, atol=TOLERANCE[dtype] * float(a.abs().max()))
-        seen["gradients compared"] += 1
+        if distance(a, b) > TOLERANCE[dtype] and dtype == torch.float32:
+            # a recurrence that amplifies rounding: then eager's own gradient is as far from the exact one
+            assert distance(a, b) <= 10 * distance(exact_gradients(program)[i], a), f"{b} is not {a}"
+            seen["gradients that eager itself gets wrong"] += 1
+        else:
+            torch.testing.assert_close(b, a, rtol=0, atol=TOLERANCE[dtype] * float(a.abs().max()))
+            seen["gradients compared"] += 1
+
+
+def distance(a, b) -> float:  # type: ignore[no-untyped-def]
+    """Relative to the largest gradient of the operand."""
+    return float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp(min=1e-30))
+
+
+def exact_gradients(program):  # type: ignore[no-untyped-def]
+    """Eager's in fp64, on the same numbers."""
+    operands = [o.detach().double().requires_grad_(o.requires_grad) for o in program.operands()]
+    return gradients(dataclasses.replace(program, dtype=torch.float64).loop(*operands), operands)
 
 
 def again(operands):  # type: ignore[no-untyped-def]
@@ -197,7 +216,7 @@ def check(program: Program, kernels: bool = False) -> Report:
             if isinstance(module, Loop):
                 verify(module)
         got = fx.Interpreter(gm).run(*got_operands)
-        compare(expected, got, operands, got_operands, program.dtype)
+        compare(program, expected, got, operands, got_operands)
     seen["examples, compiled" if kernels else "examples"] += 1
     seen["examples with a recurrence"] += bool(report.recurrences)
     seen["recurrences"] += len(report.recurrences)

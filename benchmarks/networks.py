@@ -1,0 +1,197 @@
+"""Whole networks, training step by step: eager, Inductor and snn on the same data in one run.
+
+    python benchmarks/networks.py [name ...]
+
+Each row: the first call (trace and compilation, forward and backward) and the median time of a training step (forward, loss,
+backward) of interleaved runs, after a check that the outputs agree.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import _harness as h
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from snn_compile.backend import snn
+
+ROUNDS = 7
+
+
+def lif(v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``h = v + (x - v)/2; s = H(h - 1); v = h*(1 - s)``"""
+    h_ = v + (x - v) / 2.0
+    s = h.Sigmoid.apply(h_ - 1.0)
+    return s, h_ * (1.0 - s)
+
+
+class Perceptron(nn.Module):
+    """64-128-10 on a time-varying or a static input, the loop over single steps."""
+
+    def __init__(self, static: bool = False) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.static = nn.Linear(64, 128), nn.Linear(128, 10), static
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = x.shape[1]
+        v1, v2 = x.new_zeros(batch, 128), x.new_zeros(batch, 10)
+        out = []
+        for t in range(x.shape[0]):
+            s, v1 = lif(v1, self.fc1(x[0] if self.static else x[t]))
+            s, v2 = lif(v2, self.fc2(s))
+            out.append(s)
+        return torch.stack(out).mean(0)
+
+
+class Convolutional(nn.Module):
+    """2 convolutions with batch norm and pooling, 2 dense layers, the loop over single steps."""
+
+    def __init__(self, size: int, channels: int = 16, norm: bool = True) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, channels, 3, padding=1), nn.Conv2d(channels, 2 * channels, 3, padding=1)
+        self.norm1 = nn.BatchNorm2d(channels) if norm else nn.Identity()
+        self.norm2 = nn.BatchNorm2d(2 * channels) if norm else nn.Identity()
+        self.fc1, self.fc2 = nn.Linear(2 * channels * (size // 4) ** 2, 64), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v1 = v2 = v3 = v4 = torch.zeros((), dtype=x.dtype)
+        total = 0.0
+        for t in range(x.shape[0]):
+            s, v1 = lif(v1, self.norm1(self.conv1(x[t])))
+            s, v2 = lif(v2, self.norm2(self.conv2(F.max_pool2d(s, 2))))
+            s, v3 = lif(v3, self.fc1(F.max_pool2d(s, 2).flatten(1)))
+            s, v4 = lif(v4, self.fc2(s))
+            total = total + s
+        return total / x.shape[0]
+
+
+class SnnTorchTutorial(nn.Module):
+    """Tutorial 5 of snnTorch, with its own neurons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import snntorch
+
+        self.fc1, self.lif1 = nn.Linear(64, 128), snntorch.Leaky(beta=0.95)
+        self.fc2, self.lif2 = nn.Linear(128, 10), snntorch.Leaky(beta=0.95)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mem1, mem2, out = self.lif1.init_leaky(), self.lif2.init_leaky(), []
+        for step in range(x.shape[0]):
+            spk1, mem1 = self.lif1(self.fc1(x[step]), mem1)
+            spk2, mem2 = self.lif2(self.fc2(spk1), mem2)
+            out.append(mem2)
+        return torch.stack(out).mean(0)
+
+
+class SpikingJellyTutorial(nn.Module):
+    """The first tutorial of SpikingJelly, single steps, with its own neurons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from spikingjelly.activation_based import neuron
+
+        self.layer = nn.Sequential(nn.Linear(64, 128), neuron.LIFNode(), nn.Linear(128, 10), neuron.LIFNode())
+
+    def forward(self, x: Tensor) -> Tensor:
+        from spikingjelly.activation_based import functional
+
+        functional.reset_net(self)
+        rate = 0.0
+        for t in range(x.shape[0]):
+            rate = rate + self.layer(x[t])
+        return rate / x.shape[0]
+
+
+@dataclass(frozen=True)
+class Network:
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]  # [T, B, ...]
+    library: str = ""
+    training: bool = True
+    inductor: bool = True  # (a long loop takes Inductor minutes)
+
+
+NETWORKS = {
+    "snnTorch tutorial, T=25": Network(SnnTorchTutorial, (25, 64, 64), "snntorch"),
+    "snnTorch tutorial, T=100": Network(SnnTorchTutorial, (100, 64, 64), "snntorch"),
+    "SpikingJelly tutorial, T=100": Network(SpikingJellyTutorial, (100, 64, 64), "spikingjelly", inductor=False),
+    "plain loop, static input, T=25": Network(lambda: Perceptron(static=True), (25, 64, 64)),
+    "conv net, 8x8, T=16": Network(lambda: Convolutional(8), (16, 32, 1, 8, 8)),
+    "conv net, 32x32, T=16": Network(lambda: Convolutional(32), (16, 16, 1, 32, 32)),
+    "conv net, 32x32, T=16, inference": Network(lambda: Convolutional(32), (16, 16, 1, 32, 32), training=False),
+}
+
+
+def step(network: Network, backend: object, x: Tensor, y: Tensor) -> tuple[Callable[[], Tensor], nn.Module]:
+    torch.manual_seed(0)
+    module = network.make().train(network.training)
+    run = module if backend is None else torch.compile(module, backend=backend)  # type: ignore[call-overload]
+
+    def train() -> Tensor:
+        out = run(x)
+        module.zero_grad()
+        F.cross_entropy(out, y).backward()
+        return out.detach()
+
+    def infer() -> Tensor:
+        with torch.no_grad():
+            return run(x)
+
+    return (train if network.training else infer), module
+
+
+def measure(name: str, network: Network) -> list[dict[str, str]]:
+    torch.manual_seed(1)
+    x = torch.rand(network.shape) * 2
+    y = torch.randint(0, 10, (network.shape[1],))
+    runs, firsts, outs = {}, {}, {}
+    for label, backend in (("eager", None), ("inductor", "inductor"), ("snn", snn)):
+        if label == "inductor" and not network.inductor:
+            continue
+        torch._dynamo.reset()
+        run, _ = step(network, backend, x, y)
+        start = time.perf_counter()
+        outs[label] = run()
+        firsts[label] = time.perf_counter() - start
+        runs[label] = run
+    for label, out in outs.items():
+        torch.testing.assert_close(out, outs["eager"], rtol=1e-3, atol=2.0 / network.shape[0], msg=lambda m, n=label: f"{n}: {m}")
+    agree = {k: float((o == outs["eager"]).float().mean()) for k, o in outs.items()}
+    times = {k: statistics.median(v) for k, v in h.interleaved(runs, ROUNDS).items()}
+    return [
+        {
+            "network": name,
+            "framework": label,
+            "first_call_s": f"{firsts[label]:.1f}",
+            "step_ms": f"{times[label] * 1e3:.2f}",
+            "speed_vs_eager": f"{times['eager'] / times[label]:.1f}",
+            "equal_outputs": f"{agree[label]:.3f}",
+            **h.machine(),
+        }
+        for label in runs
+    ]
+
+
+def main() -> None:
+    rows = []
+    for name, network in NETWORKS.items():
+        if (sys.argv[1:] and not any(a in name for a in sys.argv[1:])) or (
+            network.library and importlib.util.find_spec(network.library) is None
+        ):
+            continue
+        rows += measure(name, network)
+        print(h.markdown(rows[-3:], ["network", "framework", "first_call_s", "step_ms", "speed_vs_eager", "equal_outputs"]), flush=True)
+    if not sys.argv[1:]:
+        h.write("networks_cpu", rows)
+
+
+if __name__ == "__main__":
+    main()
