@@ -50,6 +50,7 @@ check: setup lint types
 
 lint: setup
 	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check --quiet . || { echo "run: ruff format ."; exit 1; }
 
 types: setup
 	@$(PY) -m mypy

@@ -56,9 +56,7 @@ def runs(steps: int, lanes: int) -> dict[str, Callable[[], object]]:
     placements = place((lanes,), forward, [False, True, True]), place((lanes,), backward, [False, True, True, True])
     kernels = [
         target.kernel(recurrence, direction, placement.layout).bind(tensors, placement, steps)
-        for direction, placement, tensors in zip(
-            ("forward", "backward"), placements, (forward, backward), strict=True
-        )
+        for direction, placement, tensors in zip(("forward", "backward"), placements, (forward, backward), strict=True)
     ]
     return {
         "copy": lambda: copied.copy_(operands[1]),

@@ -86,7 +86,7 @@ class SnnTorchTutorial(nn.Module):
         mem1, mem2, out = self.lif1.init_leaky(), self.lif2.init_leaky(), []
         for step in range(x.shape[0]):
             spk1, mem1 = self.lif1(self.fc1(x[step]), mem1)
-            spk2, mem2 = self.lif2(self.fc2(spk1), mem2)
+            _, mem2 = self.lif2(self.fc2(spk1), mem2)
             out.append(mem2)
         return torch.stack(out).mean(0)
 
@@ -188,7 +188,8 @@ def main() -> None:
         ):
             continue
         rows += measure(name, network)
-        print(h.markdown(rows[-3:], ["network", "framework", "first_call_s", "step_ms", "speed_vs_eager", "equal_outputs"]), flush=True)
+        columns = ["network", "framework", "first_call_s", "step_ms", "speed_vs_eager", "equal_outputs"]
+        print(h.markdown(rows[-3:], columns), flush=True)
     if not sys.argv[1:]:
         h.write("networks_cpu", rows)
 

@@ -114,9 +114,7 @@ def draw_all() -> plt.Figure:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output", default="neuron_responses.svg", help="the picture's path; its ending says the format"
-    )
+    parser.add_argument("--output", default="neuron_responses.svg", help="the picture's path; its ending says the format")
     output = parser.parse_args(arguments).output
     draw_all().savefig(output, dpi=90)
     print(f"wrote {output}")

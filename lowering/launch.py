@@ -91,16 +91,12 @@ def allocate_gradients(recurrence: Recurrence, operands: Sequence[Tensor], steps
     shape = recurrence.shape(operands)
     n, m = len(recurrence.carries), len(recurrence.xs)
     inits, xs, consts = operands[:n], operands[n : n + m], operands[n + m :]
-    gradients = [
-        _dense_like(i, shape, c.dtype) for i, c in zip(inits, recurrence.carries, strict=True) if c.init_needs_grad
-    ]
+    gradients = [_dense_like(i, shape, c.dtype) for i, c in zip(inits, recurrence.carries, strict=True) if c.init_needs_grad]
     gradients += [
         _dense_like(x, (steps, *shape), spec.dtype) for x, spec in zip(xs, recurrence.xs, strict=True) if spec.needs_grad
     ]
     gradients += [
-        _dense_like(c, shape, opmath(spec.dtype))
-        for c, spec in zip(consts, recurrence.consts, strict=True)
-        if spec.needs_grad
+        _dense_like(c, shape, opmath(spec.dtype)) for c, spec in zip(consts, recurrence.consts, strict=True) if spec.needs_grad
     ]
     return gradients
 
@@ -236,9 +232,7 @@ def _prepare_backward(
     return Launch(tuple(map(ResultSpec.like, gradients)), kernel, tuple(zeros))
 
 
-def _widen_operands(
-    recurrence: Recurrence, operands: Sequence[Tensor], shape: torch.Size
-) -> tuple[list[Tensor], list[bool]]:
+def _widen_operands(recurrence: Recurrence, operands: Sequence[Tensor], shape: torch.Size) -> tuple[list[Tensor], list[bool]]:
     first, last = len(recurrence.carries), len(recurrence.carries) + len(recurrence.xs)
     timed = [first <= i < last for i in range(len(operands))]
     wide = [_widen(o, shape, t) for o, t in zip(operands, timed, strict=True)]

@@ -53,9 +53,7 @@ def place(shape: Sequence[int], tensors: Sequence[torch.Tensor], has_time: Seque
     return Placement(tuple(sizes), tuple(merged), tuple(time_strides), Layout(len(sizes), inner))
 
 
-def _merge(
-    shape: Sequence[int], strides: Sequence[Sequence[int]]
-) -> tuple[list[int], list[tuple[int, ...]]]:
+def _merge(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[tuple[int, ...]]]:
     # order the dims so that the one with the smallest strides is innermost (channels-last stays one run of lanes)
     dims = [d for d, size in enumerate(shape) if size != 1]
     dims.sort(key=lambda d: tuple(-s[d] for s in strides if s[d]) or (0,))

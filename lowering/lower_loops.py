@@ -1,6 +1,6 @@
 """A pointwise recurrent `Loop` becomes one custom op.
 
-    y, v = loop(v0, x, w)   ->   y, v = torch.ops.snn_compile.recurrence_<hash>(v0, x, w, T)
+y, v = loop(v0, x, w)   ->   y, v = torch.ops.snn_compile.recurrence_<hash>(v0, x, w, T)
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ def make_recurrence(call: fx.Node, loop: Loop, grad_enabled: bool) -> Recurrence
         Carry(c.name, c.example.dtype, init_needs_grad=needs_grad(i), is_result=c.is_result)
         for c, i in zip(loop.carries, inits, strict=True)
     ]
-    series = [
-        TimeSeries(x.name, x.example.dtype, needs_grad(o), x.reverse) for x, o in zip(loop.xs, xs, strict=True)
-    ]
+    series = [TimeSeries(x.name, x.example.dtype, needs_grad(o), x.reverse) for x, o in zip(loop.xs, xs, strict=True)]
     constants = [_const(c.name, example(o), needs_grad(o)) for c, o in zip(loop.consts, consts, strict=True)]
     ys = [Output(y.name, y.example.dtype, y.dim, reverse=y.reverse) for y in loop.ys]
     _check_promotion(loop, shape)
@@ -99,7 +97,7 @@ def _inline_constants(call: fx.Node, loop: Loop) -> None:
     placeholders = loop.placeholders()
     first = len(loop.carries) + len(loop.xs)
     operands = dict(zip(placeholders, call.args, strict=True))
-    carried = dict.fromkeys(placeholders[:len(loop.carries)])
+    carried = dict.fromkeys(placeholders[: len(loop.carries)])
     for placeholder in inline_creations(loop.body, {**carried, **{p: operands[p] for p in placeholders[first:]}}):
         at = placeholders.index(placeholder)
         loop.body.graph.erase_node(placeholder)
@@ -130,9 +128,7 @@ def _lanes(call: fx.Node, loop: Loop) -> tuple[int, ...]:
     for node in (*next_carries, *values):
         value = example(node)
         if isinstance(value, torch.Tensor) and shape_hint(value) != shape:
-            raise Reject(
-                f"'{node.name}' has shape {shape_hint(value)} in a loop over {shape}", location=loop.location
-            )
+            raise Reject(f"'{node.name}' has shape {shape_hint(value)} in a loop over {shape}", location=loop.location)
     return shape
 
 
@@ -163,5 +159,3 @@ def _check_promotion(loop: Loop, shape: tuple[int, ...]) -> None:
                 location=loop.location,
                 hint="convert it to their dtype before the loop",
             )
-
-

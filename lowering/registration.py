@@ -90,9 +90,7 @@ def _define(name: str, recurrence: Recurrence, target_for: TargetFor) -> None:
     _op(
         f"{name}_backward",
         f"({operands}{cts}, SymInt steps) -> ({', '.join(['Tensor'] * n_grads)})",
-        lambda *a: _tuple(
-            run_backward(recurrence, target_for(a[0].device), a[:n_operands], a[n_operands:-1], a[-1])
-        ),
+        lambda *a: _tuple(run_backward(recurrence, target_for(a[0].device), a[:n_operands], a[n_operands:-1], a[-1])),
         lambda *a: _tuple(allocate_gradients(recurrence, a[:n_operands], a[-1])),
     )
     _register_autograd(name, recurrence)
@@ -145,9 +143,7 @@ def _register_autograd(name: str, recurrence: Recurrence) -> None:
         ]
         return (*summed, None)
 
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library
-    )
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
 
 
 def sum_to(gradient: Tensor, operand: Tensor, is_series: bool) -> Tensor:

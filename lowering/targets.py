@@ -50,6 +50,4 @@ def for_operands(call: fx.Node, recurrence: Recurrence) -> Target:
 
 @functools.cache
 def _warn_once(missing: str) -> None:
-    warnings.warn(
-        f"snn_compile: {missing}; time loops run through Inductor, unrolled, as without backend='snn'", stacklevel=2
-    )
+    warnings.warn(f"snn_compile: {missing}; time loops run through Inductor, unrolled, as without backend='snn'", stacklevel=2)

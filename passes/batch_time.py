@@ -77,7 +77,7 @@ RULES: dict[object, Rule] = {
     F.avg_pool2d: _has_batch(2),
     F.adaptive_avg_pool2d: _has_batch(2),
     F.adaptive_max_pool2d: _has_batch(2),
-    F.batch_norm: lambda node: _argument(node, 5, "training", True) is False,
+    F.batch_norm: lambda node: _argument(node, 5, "training", False) is False,
     F.layer_norm: _normalises_behind_batch,
     F.group_norm: lambda node: _dim(node) >= 2,
     F.softmax: _other_dim,
@@ -145,14 +145,15 @@ def _emit_function(graph: fx.Graph, function, args, kwargs) -> fx.Node:  # type:
     """The nodes of a function in plain PyTorch, with their examples."""
     before = set(graph.nodes)
     tracer = fx.proxy.GraphAppendingTracer(graph)
-    proxies = fx.node.map_arg((args, kwargs), lambda n: fx.Proxy(n, tracer))
+    proxies = fx.node.map_arg((args, kwargs), lambda n: fx.Proxy(n, tracer))  # type: ignore[arg-type,return-value]
     result = function(*proxies[0], **proxies[1])
     fakes = [v for v in map(example, flat_nodes(args)) if isinstance(v, FakeTensor)]
     with fakes[0].fake_mode if fakes else contextlib.nullcontext():
-        for node in graph.nodes:
-            if node not in before:
-                node.meta["example_value"] = _run(node.op, node.target, node.args, node.kwargs)
-    return result.node
+        for new in graph.nodes:
+            if new not in before:
+                new.meta["example_value"] = _run(new.op, new.target, new.args, new.kwargs)
+    node: fx.Node = result.node
+    return node
 
 
 def _run(op: str, target, args, kwargs) -> object:  # type: ignore[no-untyped-def]

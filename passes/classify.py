@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,9 +59,7 @@ def classify(loop: Loop, is_pointwise_op: IsPointwiseOp) -> dict[fx.Node, OpInfo
     return infos
 
 
-def _classify(
-    loop: Loop, node: fx.Node, fakes: _Fakes, infos: dict[fx.Node, OpInfo], is_pointwise_op: IsPointwiseOp
-) -> OpInfo:
+def _classify(loop: Loop, node: fx.Node, fakes: _Fakes, infos: dict[fx.Node, OpInfo], is_pointwise_op: IsPointwiseOp) -> OpInfo:
     if is_getitem(node) and node.args[0] in infos and node.args[0].target is AUTOGRAD_FUNCTION:  # type: ignore[index, union-attr]
         return OpInfo(infos[node.args[0]].pointwise)  # type: ignore[index]
     writes = _written(node)
@@ -149,10 +148,12 @@ def _written(node: fx.Node) -> list[fx.Node]:
     name = getattr(node.target, "__name__", "")
     if "batch_norm" in name or "instance_norm" in name:
         # in training mode the running statistics are updated in place, though no schema says so
-        training = node.args[5] if len(node.args) > 5 else node.kwargs.get("training", node.kwargs.get("use_input_stats"))
-        if training is False:
+        if node.target is F.batch_norm and (node.args[5] if len(node.args) > 5 else node.kwargs.get("training", False)) is False:
             return []
-        stats = [*node.args[1:3], node.kwargs.get("running_mean"), node.kwargs.get("running_var")]
+        if node.target is F.batch_norm or node.target is F.instance_norm:
+            stats = [*node.args[1:3], node.kwargs.get("running_mean"), node.kwargs.get("running_var")]
+        else:
+            stats = [*node.args, *node.kwargs.values()]
         return [a for a in stats if isinstance(a, fx.Node) and _is_buffer(a)]
     return []
 

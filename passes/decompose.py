@@ -59,6 +59,8 @@ def _decomposition(node: fx.Node) -> Decomposition | None:
 def _inline(gm: fx.GraphModule, node: fx.Node, function: Decomposition, captured: dict[object, _Captured]) -> None:
     leaves = [*node.args, *node.kwargs.values()]
     nodes = [a for a in leaves if isinstance(a, fx.Node)]
+    if any(not isinstance(s, int) for n in nodes if isinstance(example(n), Tensor) for s in example(n).shape):
+        raise Reject(f"{node.target} has sizes that are not known", node=node, location=user_location(node))
     key = (function, tuple(_signature(example(a)) for a in leaves), tuple(node.kwargs))
     if key not in captured:
         captured[key] = _capture(node, function)
@@ -87,8 +89,6 @@ def _signature(value: object) -> object:
 def _capture(node: fx.Node, function: Decomposition) -> _Captured:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), example)
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-    if any(not isinstance(s, int) for a in tensors for s in a.shape):
-        raise Reject(f"{node.target} has sizes that are not known", node=node, location=user_location(node))
     found: list[tuple[fx.GraphModule, tuple[int, ...], Sequence[object]]] = []
 
     def keep(graph: fx.GraphModule, _: object) -> Callable[..., object]:

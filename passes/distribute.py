@@ -431,5 +431,3 @@ class _GroupBuilder:
     def operands(self) -> list[fx.Node]:
         xs = [self.split.operand[o] if o in self.split.operand else self.split.series[o] for o in self.xs]
         return [*self.inits, *xs, *(self.split.operand[c] for c in self.consts)]  # type: ignore[list-item]
-
-

@@ -185,8 +185,10 @@ def _detached_alias(value: object, requires_grad: bool) -> object:
 
 def _is_view(node: fx.Node) -> bool:
     """Aliases another node without being the result of a write into it."""
-    return not is_write(node) and node.target is not store and any(
-        storage_key(a) == storage_key(node) for a in flat_nodes((node.args, node.kwargs))
+    return (
+        not is_write(node)
+        and node.target is not store
+        and any(storage_key(a) == storage_key(node) for a in flat_nodes((node.args, node.kwargs)))
     )
 
 

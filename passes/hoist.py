@@ -83,5 +83,3 @@ def _copy_out(gm: fx.GraphModule, loop: Loop, node: fx.Node, outside: dict[fx.No
         return outside[n]
 
     return gm.graph.node_copy(node, argument)
-
-

@@ -173,8 +173,10 @@ class Graph:
                 break
             if self._holds(positions, i, slot, column):
                 continue
-            if column.kind == "distance" and positions[i] - column.distance < start and self._is_initial(
-                positions[i], slot, start
+            if (
+                column.kind == "distance"
+                and positions[i] - column.distance < start
+                and self._is_initial(positions[i], slot, start)
             ):
                 continue
             start = max(start, positions[i] + 1)

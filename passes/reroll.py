@@ -85,8 +85,7 @@ def _plan(view: Graph, repeat: Repeat, min_length: int) -> LoopPlan:
     if run.stop - run.start < min_length * run.period:
         node = view.nodes[repeat.start]
         raise Reject(
-            f"{repeat.count} look-alike groups of {repeat.period} ops are not iterations of one loop: "
-            f"{_why(view, repeat, run)}",
+            f"{repeat.count} look-alike groups of {repeat.period} ops are not iterations of one loop: {_why(view, repeat, run)}",
             node=node,
             location=user_location(node),
         )

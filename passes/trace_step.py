@@ -134,9 +134,7 @@ def _trace_backward(body, operands, needs_grad, recurrence, supported, shape):  
     cotangents = [torch.empty_like(o) for o, d in zip(out, differentiable, strict=True) if d]
     names = [o.name for o in (*recurrence.carries, *recurrence.xs, *recurrence.consts)]
     names += [
-        f"grad_{'next_' if i < m else ''}{r.name}"
-        for i, (r, d) in enumerate(zip(results, differentiable, strict=True))
-        if d
+        f"grad_{'next_' if i < m else ''}{r.name}" for i, (r, d) in enumerate(zip(results, differentiable, strict=True)) if d
     ]
     return _trace(backward, [*operands, *cotangents], names, supported, shape)
 

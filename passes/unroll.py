@@ -1,6 +1,6 @@
 """A `Loop` that nothing could be made of becomes T copies of its body again.
 
-    y, v = loop(v, x)   ->   h0 = …x[0]…; h1 = …x[1]…; …; y = stack([s0, s1, …])
+y, v = loop(v, x)   ->   h0 = …x[0]…; h1 = …x[1]…; …; y = stack([s0, s1, …])
 """
 
 from __future__ import annotations

@@ -180,9 +180,7 @@ def _rewrite_inner(gm: fx.GraphModule, config: Config, report: Report) -> None:
 
 def _calls(gm: fx.GraphModule) -> list[tuple[fx.Node, Loop]]:
     return [
-        (n, getattr(gm, n.target))
-        for n in gm.graph.nodes
-        if n.op == "call_module" and isinstance(getattr(gm, n.target), Loop)
+        (n, getattr(gm, n.target)) for n in gm.graph.nodes if n.op == "call_module" and isinstance(getattr(gm, n.target), Loop)
     ]
 
 

@@ -137,9 +137,7 @@ def run_backward(recurrence: Recurrence, target, operands, cotangents, steps):  
     totals = [torch.zeros(shape, dtype=ops.opmath(c.dtype)) for c in recurrence.consts if c.needs_grad]
     where = [x.reverse for x in recurrence.xs if x.needs_grad]
     for t in reversed(range(steps)):
-        now = [
-            zero[y.dtype] if g is None else g[steps - 1 - t if y.reverse else t] for g, y in zip(given, ys, strict=True)
-        ]
+        now = [zero[y.dtype] if g is None else g[steps - 1 - t if y.reverse else t] for g, y in zip(given, ys, strict=True)]
         out = recurrence.backward(*states[t], *inputs(t), *consts, *cts, *now)
         cts = [zero[c.dtype] if o is None else o.expand(shape) for o, c in zip(out, carries, strict=False)]
         rest = list(out[len(carries) :])

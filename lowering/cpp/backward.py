@@ -131,9 +131,7 @@ class _Backward:
         if not hasattr(self, "_stems_of_gradients"):
             taken = {**self.tensors.ct_finals, **self.tensors.grad_inits}
             missing = [i for i in self.differentiable if i not in taken]
-            self._stems_of_gradients = {
-                i: self.writer.stems.unique(f"grad_{self.recurrence.carries[i].name}") for i in missing
-            }
+            self._stems_of_gradients = {i: self.writer.stems.unique(f"grad_{self.recurrence.carries[i].name}") for i in missing}
         return self._stems_of_gradients
 
     def _emit_start(self) -> None:

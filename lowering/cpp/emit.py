@@ -227,9 +227,7 @@ def levels(nodes: Iterable[fx.Node], of_placeholder: Mapping[fx.Node, int]) -> d
     level: dict[fx.Node, int] = {}
     for node in nodes:
         level[node] = (
-            of_placeholder[node]
-            if node.op == "placeholder"
-            else max((level[i] for i in node.all_input_nodes), default=0)
+            of_placeholder[node] if node.op == "placeholder" else max((level[i] for i in node.all_input_nodes), default=0)
         )
     return level
 

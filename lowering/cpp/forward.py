@@ -28,8 +28,7 @@ def forward_source(recurrence: Recurrence, layout: Layout) -> KernelSource:
 def _emit_block(writer: Writer, region: Region) -> None:
     tensors, recurrence = writer.tensors, writer.recurrence
     states = [
-        writer.array(f"{init.stem}_lanes", carry.dtype)
-        for init, carry in zip(tensors.inits, recurrence.carries, strict=True)
+        writer.array(f"{init.stem}_lanes", carry.dtype) for init, carry in zip(tensors.inits, recurrence.carries, strict=True)
     ]
     writer.stages(tensors.ys)
     if states:

@@ -75,7 +75,6 @@ static inline float round_fp16(float x) {
 """
 
 
-
 #: name: (Sleef's name and accuracy, the one at::vec calls where it calls Sleef; number of operands)
 _SLEEF = {
     "exp": ("u10", 1),

@@ -1,8 +1,8 @@
 """The part of a graph that one lane loop computes, and how far out of the time loop each value of it can be computed.
 
-    for t: for row: for lane: v = v * sigmoid(w) * exp(-dt)        (w a row of parameters, dt a number)
+for t: for row: for lane: v = v * sigmoid(w) * exp(-dt)        (w a row of parameters, dt a number)
 
-    ->  exp(-dt) once a kernel, sigmoid(w) once a lane into an array, the rest once a step and lane
+->  exp(-dt) once a kernel, sigmoid(w) once a lane into an array, the rest once a step and lane
 """
 
 from __future__ import annotations

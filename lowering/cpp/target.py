@@ -86,9 +86,7 @@ class _CompiledKernel:
 
         return call
 
-    def _argument(
-        self, parameter: Parameter, tensors: Sequence[Tensor], placement: Placement, steps: int, now: Plan
-    ) -> int:
+    def _argument(self, parameter: Parameter, tensors: Sequence[Tensor], placement: Placement, steps: int, now: Plan) -> int:
         kind, i = parameter.kind, parameter.tensor
         if kind == "stride_t":
             return -placement.time_strides[i] if i in self._reversed else placement.time_strides[i]

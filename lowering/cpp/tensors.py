@@ -124,16 +124,11 @@ def tensors_of(recurrence: Recurrence, direction: Direction, layout: Layout, ste
     consts = [argument(s, "data", w.dtype, False, False) for s, w in zip(w_stems, recurrence.consts, strict=True)]
     if direction == "forward":
         ys = [argument(stems.unique(y.name), "data", y.dtype, True, True, y.reverse) for y in recurrence.ys]
-        finals = {
-            i: argument(carries[i], "final", c.dtype, False, True)
-            for i, c in enumerate(recurrence.carries)
-            if c.is_result
-        }
+        finals = {i: argument(carries[i], "final", c.dtype, False, True) for i, c in enumerate(recurrence.carries) if c.is_result}
         return Tensors(inits, xs, consts, ys, finals, [], {}, {}, [], {})
 
     ct_ys = [
-        argument(stems.unique(f"grad_{y.name}"), "data", y.dtype, True, False, y.reverse)
-        for y in recurrence.differentiable_ys
+        argument(stems.unique(f"grad_{y.name}"), "data", y.dtype, True, False, y.reverse) for y in recurrence.differentiable_ys
     ]
     grads = {i: stems.unique(f"grad_{c.name}") for i, c in enumerate(recurrence.carries) if c.differentiable}
     ct_finals = {
@@ -142,14 +137,10 @@ def tensors_of(recurrence: Recurrence, direction: Direction, layout: Layout, ste
         if c.is_result and c.differentiable
     }
     grad_inits = {
-        i: argument(grads[i], "init", c.dtype, False, True)
-        for i, c in enumerate(recurrence.carries)
-        if c.init_needs_grad
+        i: argument(grads[i], "init", c.dtype, False, True) for i, c in enumerate(recurrence.carries) if c.init_needs_grad
     }
     grad_xs = [
-        argument(stems.unique(f"grad_{x.name}"), "data", x.dtype, True, True, x.reverse)
-        for x in recurrence.xs
-        if x.needs_grad
+        argument(stems.unique(f"grad_{x.name}"), "data", x.dtype, True, True, x.reverse) for x in recurrence.xs if x.needs_grad
     ]
     grad_consts = {
         i: argument(stems.unique(f"grad_{w.name}"), "data", opmath(w.dtype), False, True)

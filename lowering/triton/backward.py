@@ -33,17 +33,11 @@ class BackwardKernel(Kernel):
         assert r.backward is not None
         self.graph = r.backward.graph
         self.differentiable = [i for i, c in enumerate(r.carries) if c.differentiable]
-        self.ct_ys = [
-            self.tensor(f"grad_{y.name}", y.dtype, timed=True, reverse=y.reverse) for y in r.differentiable_ys
-        ]
+        self.ct_ys = [self.tensor(f"grad_{y.name}", y.dtype, timed=True, reverse=y.reverse) for y in r.differentiable_ys]
         self.ct_finals = {
-            i: self.tensor(f"grad_{c.name}_final", c.dtype)
-            for i, c in enumerate(r.carries)
-            if c.is_result and c.differentiable
+            i: self.tensor(f"grad_{c.name}_final", c.dtype) for i, c in enumerate(r.carries) if c.is_result and c.differentiable
         }
-        self.grad_inits = {
-            i: self.tensor(f"grad_{c.name}_init", c.dtype) for i, c in enumerate(r.carries) if c.init_needs_grad
-        }
+        self.grad_inits = {i: self.tensor(f"grad_{c.name}_init", c.dtype) for i, c in enumerate(r.carries) if c.init_needs_grad}
         self.grad_xs = [
             self.tensor(free(self.names, f"grad_{x.name}", "in"), x.dtype, timed=True, reverse=x.reverse)
             for x in r.xs
@@ -127,9 +121,7 @@ class BackwardKernel(Kernel):
 
         sweep = [*self.load_inputs(self.step_xs, "inside"), *self._recompute(env)]
         save = [f"tl.store({starts[i]}, {self.states[i]}, mask=inside)" for i in self.recomputed]
-        again = self.load_inputs(sorted({*self.step_xs, *self.xs_read}), "live", "t < T") + self._load_cotangents(
-            "live", "t < T"
-        )
+        again = self.load_inputs(sorted({*self.step_xs, *self.xs_read}), "live", "t < T") + self._load_cotangents("live", "t < T")
         again += [f"{all_steps} = {all_steps} + ({name},)" for name, all_steps in steps.items()]
         again += self._recompute(env)
         back = [f"{name} = {all_steps}[k]" for name, all_steps in steps.items()]
@@ -214,9 +206,7 @@ class BackwardKernel(Kernel):
 def _only(condition: str, value: Value, old: str) -> Value:
     if not condition or value.text == old:
         return value
-    return replace(
-        value, text=f"tl.where({condition}, {value.text}, {old})", block=True, number=None, uses=value.uses | {old}
-    )
+    return replace(value, text=f"tl.where({condition}, {value.text}, {old})", block=True, number=None, uses=value.uses | {old})
 
 
 def _zero(dtype: torch.dtype) -> Value:

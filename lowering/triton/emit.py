@@ -154,9 +154,7 @@ def user_name(node: fx.Node) -> str:
 
 
 #: How Dynamo names what has no name in the user's code.
-_OPERATOR_NAMES = frozenset(
-    ("add", "sub", "mul", "div", "truediv", "pow", "neg", "to", "float", "type_as", "invert")
-) | {
+_OPERATOR_NAMES = frozenset(("add", "sub", "mul", "div", "truediv", "pow", "neg", "to", "float", "type_as", "invert")) | {
     *("iadd", "isub", "imul", "itruediv", "ge", "gt", "le", "lt", "eq", "ne", "and_", "or_", "xor", "value"),
 }
 

@@ -37,6 +37,4 @@ class ForwardKernel(Kernel):
         used = [i for i in range(len(self.xs)) if placeholders[n + i] in nodes]
         loop = [*self.load_inputs(used, "inside"), *map(str, step)]
         stores = [t.store(self.states[i], "inside") for i, t in finals.items()]
-        return self.assemble(
-            [*prelude, *self.load_states(states), "for t in range(T):", *indent(loop or ["pass"]), *stores]
-        )
+        return self.assemble([*prelude, *self.load_states(states), "for t in range(T):", *indent(loop or ["pass"]), *stores])

@@ -77,9 +77,7 @@ def fill(template: str, operands: Sequence[Value]) -> str:
 
 
 _COMPARISON, _BITS, _SUM, _PRODUCT, _SIGN, _ATOM = range(6)
-_BINARY = {"*": _PRODUCT, "/": _PRODUCT, "//": _PRODUCT, "%": _PRODUCT, "+": _SUM, "-": _SUM} | dict.fromkeys(
-    "&|^", _BITS
-)
+_BINARY = {"*": _PRODUCT, "/": _PRODUCT, "//": _PRODUCT, "%": _PRODUCT, "+": _SUM, "-": _SUM} | dict.fromkeys("&|^", _BITS)
 
 
 def precedence(text: str) -> int:

@@ -89,9 +89,7 @@ class Loop(nn.Module):
             carries = out[:n]
             for values, value in zip(collected, out[n:], strict=True):
                 values.append(value)
-        ys = [
-            torch.stack(v[::-1] if y.reverse else v, y.dim) for y, v in zip(self.ys, collected, strict=True)
-        ]
+        ys = [torch.stack(v[::-1] if y.reverse else v, y.dim) for y, v in zip(self.ys, collected, strict=True)]
         return (*ys, *(v for v, c in zip(carries, self.carries, strict=True) if c.is_result))
 
     # ----------------------------------------------------------------------------------------------- access to the body

@@ -132,9 +132,7 @@ class Recurrence:
         wide = [c if spec.is_scalar else c.expand(shape) for c, spec in zip(consts, self.consts, strict=True)]
         collected: list[list[torch.Tensor]] = [[] for _ in self.ys]
         for t in range(steps):
-            now = [
-                x[steps - 1 - t if spec.reverse else t].expand(shape) for x, spec in zip(xs, self.xs, strict=True)
-            ]
+            now = [x[steps - 1 - t if spec.reverse else t].expand(shape) for x, spec in zip(xs, self.xs, strict=True)]
             out = self.step(*carries, *now, *wide)
             carries = list(out[:n_carries])
             for values, value in zip(collected, out[n_carries:], strict=True):
@@ -147,9 +145,7 @@ class Recurrence:
             else:
                 device = operands[0].device if operands else None
                 ys.append(torch.empty(_insert(shape, spec.time_dim, 0), dtype=spec.dtype, device=device))
-        finals = [
-            v.expand(shape).to(c.dtype) for v, c in zip(carries, self.carries, strict=True) if c.is_result
-        ]
+        finals = [v.expand(shape).to(c.dtype) for v, c in zip(carries, self.carries, strict=True) if c.is_result]
         return (*ys, *finals)
 
 

@@ -15,8 +15,7 @@ def _check_single_step(*modules: nn.Module) -> None:
     for module in modules:
         if getattr(module, "step_mode", "s") != "s":
             raise ValueError(
-                f"step_mode must be 's' for a {type(module).__name__} inside this container, but is "
-                f"{module.step_mode!r}"
+                f"step_mode must be 's' for a {type(module).__name__} inside this container, but is {module.step_mode!r}"
             )
 
 
@@ -81,9 +80,7 @@ class ElementWiseRecurrentContainer(StatefulModule):
 
     steps_its_children = True
 
-    def __init__(
-        self, sub_module: nn.Module, element_wise_function: Callable[[Tensor, Tensor], Tensor], step_mode: str = "s"
-    ):
+    def __init__(self, sub_module: nn.Module, element_wise_function: Callable[[Tensor, Tensor], Tensor], step_mode: str = "s"):
         _check_single_step(sub_module)
         super().__init__(step_mode)
         self.sub_module = sub_module
@@ -117,9 +114,7 @@ class LinearRecurrentContainer(StatefulModule):
 
     steps_its_children = True
 
-    def __init__(
-        self, sub_module: nn.Module, in_features: int, out_features: int, bias: bool = True, step_mode: str = "s"
-    ):
+    def __init__(self, sub_module: nn.Module, in_features: int, out_features: int, bias: bool = True, step_mode: str = "s"):
         _check_single_step(sub_module)
         check_count("in_features", in_features)
         check_count("out_features", out_features)

@@ -37,9 +37,7 @@ class DCT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n = self.kernel_size
         if x.dim() < 2 or x.shape[-2] % n or x.shape[-1] % n:
-            raise ValueError(
-                f"the last two dimensions of x must be divisible by kernel_size = {n}, but x is {list(x.shape)}"
-            )
+            raise ValueError(f"the last two dimensions of x must be divisible by kernel_size = {n}, but x is {list(x.shape)}")
         *batch, height, width = x.shape
         blocks = x.reshape(*batch, height // n, n, width // n, n).transpose(-3, -2)
         return (self.kernel @ blocks @ self.kernel.T).transpose(-3, -2).reshape(x.shape)
@@ -128,9 +126,7 @@ class ConvBatchNorm2d(nn.Module):
         track_running_stats: bool = True,
     ):
         super().__init__()
-        self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, padding_mode
-        )
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, padding_mode)
         self.bn = nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats)
 
     def forward(self, x: Tensor) -> Tensor:

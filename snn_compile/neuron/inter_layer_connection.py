@@ -97,10 +97,7 @@ class ILCBaseNode(MultiStepModule):
             )
 
     def extra_repr(self) -> str:
-        return (
-            f"act_dim={self.act_dim}, dec_pop_dim={self.dec_pop_dim}, v_threshold={self.v_threshold}, "
-            f"v_reset={self.v_reset}"
-        )
+        return f"act_dim={self.act_dim}, dec_pop_dim={self.dec_pop_dim}, v_threshold={self.v_threshold}, v_reset={self.v_reset}"
 
 
 class ILCIFNode(ILCBaseNode):

@@ -40,9 +40,7 @@ class KLIFNode(LIFNode):
         store_v_seq: bool = False,
     ):
         check_bool("scale_reset", scale_reset)
-        super().__init__(
-            tau, decay_input, v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq
-        )
+        super().__init__(tau, decay_input, v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq)
         self.scale_reset = scale_reset
         self.k = nn.Parameter(torch.tensor(1.0))
 
@@ -130,9 +128,7 @@ class ALIFNode(LIFNode):
         check_float("beta", beta)
         if not 0 <= rho <= 1:
             raise ValueError(f"rho must lie in [0, 1], but is {rho!r}")
-        super().__init__(
-            tau, decay_input, v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq
-        )
+        super().__init__(tau, decay_input, v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq)
         self.rho = rho
         self.beta = beta
         self.register_state("b", 0.0)

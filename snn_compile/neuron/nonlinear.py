@@ -104,10 +104,7 @@ class EIFNode(BaseNode):
         return v + (x + self.v_rest - v + upswing) / self.tau
 
     def extra_repr(self) -> str:
-        return (
-            f"tau={self.tau}, delta_T={self.delta_T}, theta_rh={self.theta_rh}, v_rest={self.v_rest}, "
-            f"{super().extra_repr()}"
-        )
+        return f"tau={self.tau}, delta_T={self.delta_T}, theta_rh={self.theta_rh}, v_rest={self.v_rest}, {super().extra_repr()}"
 
 
 class IzhikevichNode(BaseNode):

@@ -149,9 +149,7 @@ class SlidingPSN(StatefulModule):
     Shapes: x_seq [T, N, *] or x [N, *] -> the same.
     """
 
-    def __init__(
-        self, k: int, exp_init: bool = True, surrogate_function: nn.Module | None = None, step_mode: str = "s"
-    ):
+    def __init__(self, k: int, exp_init: bool = True, surrogate_function: nn.Module | None = None, step_mode: str = "s"):
         check_count("k", k)
         super().__init__(step_mode)
         self.k = k

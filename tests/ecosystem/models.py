@@ -92,8 +92,9 @@ def snntorch() -> Iterator[tuple]:  # type: ignore[type-arg]
         yield f"Leaky, {reset}, no delay", leaky(reset_mechanism=reset, reset_delay=False), 0, branch
     yield "Leaky, fast sigmoid", leaky(spike_grad=surrogate.fast_sigmoid(slope=25))
     yield "Leaky, sigmoid", leaky(spike_grad=surrogate.sigmoid(slope=5))
-    yield "Leaky, learnt", lambda: Loop(
-        snt.Leaky(beta=torch.full((N,), 0.8), learn_beta=True, learn_threshold=True), one("init_leaky")
+    yield (
+        "Leaky, learnt",
+        lambda: Loop(snt.Leaky(beta=torch.full((N,), 0.8), learn_beta=True, learn_threshold=True), one("init_leaky")),
     )
     yield "Leaky, hidden state", lambda: Loop(snt.Leaky(beta=0.9, init_hidden=True, output=True), hidden)
     yield "Lapicque", lambda: Loop(snt.Lapicque(beta=0.8), one("init_lapicque"))
@@ -136,7 +137,7 @@ def spikingjelly() -> Iterator[tuple]:  # type: ignore[type-arg]
     from spikingjelly.activation_based import functional, neuron, surrogate
 
     nodes: dict[str, Callable[[], nn.Module]] = {
-        f"{name}{label}": lambda cls=getattr(neuron, name), options=options: cls(**options)
+        f"{name}{label}": lambda name=name, options=options: getattr(neuron, name)(**options)
         for name in ("IFNode", "LIFNode", "ParametricLIFNode", "QIFNode", "EIFNode", "IzhikevichNode", "KLIFNode")
         for label, options in (("", {}), (", soft", {"v_reset": None}), (", detached", {"detach_reset": True}))
         if not (label and name in ("QIFNode", "EIFNode", "IzhikevichNode"))

@@ -80,9 +80,7 @@ def _layers() -> list[Module]:
         ),
         Module(
             "LinearRecurrentContainer",
-            lambda mode: layer.LinearRecurrentContainer(
-                nn.Sequential(nn.Linear(C, 5), neuron.LIFNode()), C, 5, step_mode=mode
-            ),
+            lambda mode: layer.LinearRecurrentContainer(nn.Sequential(nn.Linear(C, 5), neuron.LIFNode()), C, 5, step_mode=mode),
         ),
     ]
 

@@ -108,9 +108,7 @@ def test_soft_reset_gradient_follows_detach_reset():
     grads = []
     for detach_reset in (False, True):
         x = torch.tensor([[0.6], [0.6]], requires_grad=True)
-        node = neuron.IFNode(
-            v_reset=None, detach_reset=detach_reset, step_mode="m", surrogate_function=surrogate.Rect()
-        )
+        node = neuron.IFNode(v_reset=None, detach_reset=detach_reset, step_mode="m", surrogate_function=surrogate.Rect())
         node(x.unsqueeze(1))[1].sum().backward()
         grads.append(x.grad[0].item())
     # ds1/dx0 = dv0/dx0 = 1 - g, g = 1 the surrogate's gradient at 0.6 - 1, unless the reset is detached

@@ -147,9 +147,7 @@ def test_store_v_seq_holds_the_potential_after_each_reset():
 
 def test_set_step_mode_reaches_every_module_but_those_in_containers():
     inner = neuron.LIFNode()
-    net = nn.Sequential(
-        nn.Linear(2, 2), neuron.LIFNode(), nn.Sequential(neuron.IFNode()), layer.MultiStepContainer(inner)
-    )
+    net = nn.Sequential(nn.Linear(2, 2), neuron.LIFNode(), nn.Sequential(neuron.IFNode()), layer.MultiStepContainer(inner))
     functional.set_step_mode(net, "m")
     assert net[1].step_mode == net[2][0].step_mode == "m"
     assert inner.step_mode == "s"

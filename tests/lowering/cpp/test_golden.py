@@ -34,12 +34,14 @@ def named_lif() -> Recurrence:
 
 def without_helpers(text: str) -> str:
     head, rest = text.split("static inline", 1)
-    return f"{head}...\n\n{rest[rest.index('constexpr int64_t LANES'):]}"
+    return f"{head}...\n\n{rest[rest.index('constexpr int64_t LANES') :]}"
 
 
 def test_forward() -> None:
     text = CppTarget().source(named_lif(), "forward", Layout(1, (1, 1, 1, 1)))
-    expecttest.assert_expected_inline(without_helpers(text), """\
+    expecttest.assert_expected_inline(
+        without_helpers(text),
+        """\
 // lif: forward
 //
 //     h = v + (x - v)/2
@@ -99,12 +101,15 @@ extern "C" void lif_forward(
     }
   }
 }
-""")
+""",
+    )
 
 
 def test_backward() -> None:
     text = CppTarget().source(named_lif(), "backward", Layout(1, (1, 1, 1, 1, 1)))
-    expecttest.assert_expected_inline(text, """\
+    expecttest.assert_expected_inline(
+        text,
+        """\
 // lif: backward
 //
 //     h = v + (x - v)/2
@@ -250,4 +255,5 @@ extern "C" void lif_backward(
     }
   }
 }
-""")
+""",
+    )

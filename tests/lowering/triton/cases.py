@@ -109,9 +109,7 @@ CASES: dict[str, Case] = {
 }
 
 
-def recurrence(
-    case: Case, dtype: torch.dtype = torch.float32, *, time_dim: int = 0, reverse: bool = False
-) -> Recurrence:
+def recurrence(case: Case, dtype: torch.dtype = torch.float32, *, time_dim: int = 0, reverse: bool = False) -> Recurrence:
     def cast(what):  # type: ignore[no-untyped-def]
         return replace(what, dtype=dtype) if what.dtype == torch.float32 else what
 
@@ -144,9 +142,7 @@ def operands(rec: Recurrence, shape: Sequence[int], steps: int, layout: str, dev
         xs = [x.movedim(0, -1).contiguous().movedim(-1, 0) for x in xs]
     elif layout == "channels_last":
         xs = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in xs]
-        consts = [
-            c if c.dim() == 0 else _random((shape[0], *(1,) * (len(shape) - 1)), c.dtype).abs() + 1 for c in consts
-        ]
+        consts = [c if c.dim() == 0 else _random((shape[0], *(1,) * (len(shape) - 1)), c.dtype).abs() + 1 for c in consts]
     elif layout == "broadcast":
         inits = [i.flatten()[0] for i in inits[:1]] + inits[1:]
         xs = [x[:, :1] for x in xs]
@@ -164,9 +160,7 @@ def _random(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- references
 
 
-def autograd(
-    rec: Recurrence, case: Case, given: Sequence[Tensor], cotangents: Sequence[Tensor], steps: int
-) -> list[Tensor]:
+def autograd(rec: Recurrence, case: Case, given: Sequence[Tensor], cotangents: Sequence[Tensor], steps: int) -> list[Tensor]:
     """Gradients of the eager loop, one per operand that needs one, in the operand's own shape."""
     shape = rec.shape(given)
     needs = [c.init_needs_grad for c in rec.carries] + [s.needs_grad for s in (*rec.xs, *rec.consts)]
@@ -176,18 +170,12 @@ def autograd(
     consts = [c if spec.is_scalar else c.expand(shape) for c, spec in zip(leaves[n + m :], rec.consts, strict=True)]
     ys: list[list[Tensor]] = [[] for _ in rec.ys]
     for t in range(steps):
-        xs = [
-            x[steps - 1 - t if s.reverse else t].expand(shape) for x, s in zip(leaves[n : n + m], rec.xs, strict=True)
-        ]
+        xs = [x[steps - 1 - t if s.reverse else t].expand(shape) for x, s in zip(leaves[n : n + m], rec.xs, strict=True)]
         out = case.body(*carries, *xs, *consts)
         carries = list(out[:n])
         for y, value in zip(ys, out[n:], strict=True):
             y.append(value)
-    results = [
-        torch.stack(y[::-1] if s.reverse else y, s.time_dim)
-        for y, s in zip(ys, rec.ys, strict=True)
-        if s.differentiable
-    ]
+    results = [torch.stack(y[::-1] if s.reverse else y, s.time_dim) for y, s in zip(ys, rec.ys, strict=True) if s.differentiable]
     results += [c for c, s in zip(carries, rec.carries, strict=True) if s.is_result and s.differentiable]
     wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
     grads = torch.autograd.grad(results, wanted, list(cotangents), allow_unused=True)
@@ -217,8 +205,7 @@ def walk_back(rec: Recurrence, given: Sequence[Tensor], cotangents: Sequence[Ten
         now = [c.select(s.time_dim, steps - 1 - t if s.reverse else t) for c, s in zip(ct_ys, ys, strict=True)]
         out = rec.backward(*before[t], *inputs[t], *consts, *cts, *now)
         values = [
-            torch.zeros(shape, dtype=v.dtype) if o is None else o
-            for o, v in zip(out, [*cts, *grad_xs, *sums], strict=True)
+            torch.zeros(shape, dtype=v.dtype) if o is None else o for o, v in zip(out, [*cts, *grad_xs, *sums], strict=True)
         ]
         cts = values[: len(cts)]
         for g, s, value in zip(grad_xs, timed, values[len(cts) :], strict=False):

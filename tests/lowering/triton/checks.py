@@ -51,9 +51,7 @@ def check(
     needed = [c.init_needs_grad for c in rec.carries] + [s.needs_grad for s in (*rec.xs, *rec.consts)]
     wanted = [(g, i) for i, (g, n) in enumerate(zip(given, needed, strict=True)) if n]
     timed = range(len(rec.carries), len(rec.carries) + len(rec.xs))
-    summed = [
-        sum_to(gradient, operand.shape, i in timed) for gradient, (operand, i) in zip(gradients, wanted, strict=True)
-    ]
+    summed = [sum_to(gradient, operand.shape, i in timed) for gradient, (operand, i) in zip(gradients, wanted, strict=True)]
     _compare(summed, autograd(rec, case, given, cotangents, steps), AUTOGRAD[dtype])
 
 

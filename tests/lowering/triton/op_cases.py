@@ -184,9 +184,7 @@ def _compare(what: str, operands: Sequence[Tensor], result: Tensor, expected: Te
     elif expected.dtype.is_floating_point:
         same &= (a.signbit() == b.signbit()) | a.isnan()
     wrong = (~same).flatten().nonzero().flatten().tolist()
-    shown = [
-        (*(o.flatten()[i].item() for o in operands), a.flatten()[i].item(), b.flatten()[i].item()) for i in wrong[:4]
-    ]
+    shown = [(*(o.flatten()[i].item() for o in operands), a.flatten()[i].item(), b.flatten()[i].item()) for i in wrong[:4]]
     assert not wrong, f"{what}: {len(wrong)} of {b.numel()} differ; operands, kernel, eager: {shown}"
 
 

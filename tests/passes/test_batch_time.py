@@ -1,0 +1,112 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from snn_compile.errors import Reject
+from snn_compile.passes.batch_time import batch_time
+from snn_compile.passes.distribute import distribute
+from tests.passes.capture import Captured, capture, infos, reroll_all, x
+
+
+def batch_all(captured: Captured, rtol: float = 1e-5) -> list[str]:
+    """Distribute and batch; the reasons of those that stay per step."""
+    captured.check(reroll_all)
+    reasons = []
+
+    def rewrite(gm):
+        for call, loop in captured.loops():
+            distribute(gm, call, loop, infos(loop))
+        for call, loop in captured.loops():
+            if not loop.is_kernel:
+                try:
+                    batch_time(gm, call, loop, infos(loop))
+                except Reject as reject:
+                    reasons.append(reject.rejection.reason)
+
+    captured.check(rewrite, rtol)
+    return reasons
+
+
+def over_time(layer):
+    def function(a, *weights):
+        v, out = 0.0, []
+        for t in range(a.shape[0]):
+            v = 0.5 * v + layer(a[t], *weights)
+            out.append(v)
+        return torch.stack(out)
+
+    return function
+
+
+LAYERS = {
+    "linear": (lambda a, w, b: F.linear(a, w, b), x(), torch.randn(4, 5), torch.randn(4)),
+    "conv2d": (lambda a, w: F.conv2d(a, w, padding=1), x(6, 2, 3, 8, 8), torch.randn(4, 3, 3, 3)),
+    "pool": (lambda a: F.avg_pool2d(F.max_pool2d(a, 2), 2).flatten(1), x(6, 2, 3, 8, 8)),
+    "layer_norm": (lambda a: F.layer_norm(a, (5,)), x()),
+    "softmax": (lambda a: F.softmax(a, dim=-1), x()),
+    "batch_norm, eval": (lambda a, m, v: F.batch_norm(a, m, v), x(), torch.randn(5), torch.rand(5) + 0.5),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_runs_once(name):
+    layer, *inputs = LAYERS[name]
+    captured = capture(over_time(layer), *inputs)
+    reasons = batch_all(captured)
+    assert not reasons
+    assert all(loop.is_kernel for _, loop in captured.loops())
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_in_training_keeps_statistics_per_step(affine):
+    weights = [torch.rand(5) + 0.5, torch.randn(5)] if affine else []
+
+    def layer(a, mean, var, *weights):
+        return F.batch_norm(a, mean, var, *weights, training=True, momentum=0.3)
+
+    captured = capture(over_time(layer), x(6, 8, 5), torch.zeros(5), torch.ones(5), *weights)
+    assert not batch_all(captured)  # (`check` compares the running statistics too: they are inputs that are written)
+    assert F.batch_norm not in captured.targets() and torch.var_mean in captured.targets()
+
+
+def test_batch_norm_without_running_statistics():
+    captured = capture(over_time(lambda a: F.batch_norm(a, None, None, training=True)), x(6, 8, 5))
+    batch_all(captured)
+
+
+def test_dropout_draws_all_masks_at_once():
+    captured = capture(over_time(lambda a: F.dropout(a, 0.5)), x(6, 40, 50))
+    reroll_all(captured.gm)
+    for call, loop in captured.loops():
+        distribute(captured.gm, call, loop, infos(loop))
+    for call, loop in captured.loops():
+        if not loop.is_kernel:
+            batch_time(captured.gm, call, loop, infos(loop))
+    assert captured.targets().count(F.dropout) == 1
+    captured.gm.recompile()
+    (y,), _, _ = captured.run()
+    first = y[1] - 0.5 * y[0]  # the dropped input of step 1
+    assert 0.4 < float((first == 0).float().mean()) < 0.6
+
+
+NEAR_MISSES = {
+    "cumsum over the batch": (lambda a: a.cumsum(0), "not known to treat its first dim as a batch"),
+    "softmax over the batch": (lambda a: F.softmax(a, dim=0), "not known to treat its first dim as a batch"),
+    "weights with a batch dim": (lambda a: a.flip(0), "first dim"),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_miss(name):
+    layer, reason = NEAR_MISSES[name]
+    captured = capture(over_time(layer), x())
+    assert any(reason in r for r in batch_all(captured))
+
+
+def test_near_miss_two_batch_norms_of_one_pair_of_statistics():
+    def layer(a, mean, var):
+        y = F.batch_norm(a, mean, var, training=True)
+        return F.batch_norm(y * 2.0 + 1.0, mean, var, training=True)
+
+    captured = capture(over_time(layer), x(6, 8, 5), torch.zeros(5), torch.ones(5))
+    assert any("in turn" in r for r in batch_all(captured))

@@ -1,0 +1,177 @@
+import pytest
+import torch
+
+from tests.passes.capture import Spike, capture, reroll_all, rerolled, x
+
+
+def leaky(a):
+    v, out = torch.zeros_like(a[0]), []
+    for t in range(a.shape[0]):
+        v = 0.5 * v + a[t]
+        out.append(v)
+    return torch.stack(out)
+
+
+def backwards(a):
+    v, out = torch.zeros_like(a[0]), []
+    for t in reversed(range(a.shape[0])):
+        v = 0.5 * v + a[t]
+        out.append(v)
+    return torch.stack(out, -1)
+
+
+def next_input(a):
+    v = torch.zeros_like(a[0])
+    for t in range(a.shape[0] - 1):
+        v = 0.5 * v + a[t] - 0.1 * a[t + 1]
+    return v
+
+
+def two_steps_ago(a):
+    v, before, out = torch.zeros_like(a[0]), torch.zeros_like(a[0]), []
+    for t in range(a.shape[0]):
+        v, before = 0.5 * v + 0.2 * before + a[t], v
+        out.append(v)
+    return torch.stack(out), before
+
+
+def two_loops_of_different_lengths(a):
+    v = w = torch.zeros_like(a[0])
+    for t in range(a.shape[0]):
+        v = 0.5 * v + a[t]
+    for t in range(4):
+        w = 0.25 * w - a[t] * v
+    return v, w
+
+
+def dead_tail(a):
+    v, s = torch.zeros_like(a[0]), torch.zeros_like(a[0])
+    out = []
+    for t in range(a.shape[0]):
+        v = 0.5 * v * (1.0 - s) + a[t]
+        s = Spike.apply(v - 1.0)
+        out.append(v)
+    return torch.stack(out)
+
+
+def used_one_by_one(a):
+    v, total = torch.zeros_like(a[0]), 0.0
+    for t in range(a.shape[0]):
+        v = 0.5 * v + a[t]
+        total = total + v.sum() * (t == 2)
+    return total
+
+
+def every_second_slice(a):
+    v = torch.zeros_like(a[0])
+    for t in range(0, a.shape[0], 2):
+        v = 0.5 * v + a[t]
+    return v
+
+
+LOOPS = {
+    leaky: [6],
+    backwards: [6],
+    next_input: [5],
+    two_steps_ago: [6],
+    two_loops_of_different_lengths: [4, 6],
+    dead_tail: [6],
+}
+
+
+@pytest.mark.parametrize("function", LOOPS, ids=lambda f: f.__name__)
+def test_loops(function):
+    captured = rerolled(function, x())
+    lengths = sorted(loop.length for _, loop in captured.loops() if loop.carries)
+    assert lengths == LOOPS[function]
+
+
+@pytest.mark.parametrize("function", [used_one_by_one, every_second_slice], ids=lambda f: f.__name__)
+def test_what_is_found_means_the_same(function):
+    capture(function, x()).check(reroll_all)
+
+
+# ------------------------------------------------------------------------------------------------------------ near misses
+
+
+def number_changes(a):
+    v = torch.zeros_like(a[0])
+    for t in range(a.shape[0]):
+        v = (0.9 - 0.1 * t) * v + a[t]
+    return v
+
+
+def one_step_is_another(a):
+    v = torch.zeros_like(a[0])
+    for t in range(a.shape[0]):
+        v = 0.5 * v + (a[t].abs() if t == 3 else a[t].neg())
+    return v
+
+
+def slices_out_of_order(a):
+    v = torch.zeros_like(a[0])
+    for t in (0, 2, 1, 5, 3, 4):
+        v = 0.5 * v + a[t]
+    return v
+
+
+def weights_differ(a):
+    weights = [torch.full((5,), float(i)) for i in range(6)]
+    v = torch.zeros_like(a[0])
+    for t in range(a.shape[0]):
+        v = 0.5 * v + a[t] * weights[5 - t if t % 2 else t]
+    return v
+
+
+def state_changes_dtype(a):
+    v = torch.zeros(3, 5, dtype=torch.int64)
+    for t in range(a.shape[0]):
+        v = 0.5 * v + a[t]
+    return v
+
+
+def a_tree_is_no_chain(a):
+    level = [a[t] for t in range(6)]
+    return (level[0] + level[1]) * (level[2] + level[3]) * (level[4] + level[5])
+
+
+NEAR_MISSES = {
+    number_changes: "a Python number changes",
+    slices_out_of_order: "",
+    one_step_is_another: "",
+    weights_differ: "",
+    a_tree_is_no_chain: "",
+    state_changes_dtype: "",
+}
+
+
+@pytest.mark.parametrize("function", NEAR_MISSES, ids=lambda f: f.__name__)
+def test_near_miss(function):
+    """No loop over all the steps; what is found means the same; and the reason is given."""
+    captured = capture(function, x())
+    loops, rejections = captured.check(reroll_all)
+    assert all(loop.length < 6 or not loop.carries for loop in loops)
+    if not loops:
+        assert rejections
+    assert not NEAR_MISSES[function] or any(NEAR_MISSES[function] in r.reason for r in rejections)
+
+
+def test_too_few_steps():
+    captured = capture(leaky, x(3))
+    loops, _ = captured.check(lambda gm: reroll_all(gm, min_steps=4))
+    assert not loops
+
+
+def test_a_refused_loop_leaves_the_graph_alone():
+    from snn_compile.errors import Rejection
+    from snn_compile.passes.functionalize import functionalize
+    from snn_compile.passes.hoist_creations import hoist_creations
+    from snn_compile.passes.reroll import reroll
+
+    captured = capture(leaky, x())
+    functionalize(captured.gm)
+    hoist_creations(captured.gm)
+    before = str(captured.gm.graph)
+    loops, rejections = captured.check(lambda gm: reroll(gm, lambda loop: Rejection("not today")))
+    assert not loops and any(r.reason == "not today" for r in rejections)
+    assert str(captured.gm.graph) == before
