@@ -23,6 +23,7 @@ from snn_compile.passes.trace_step import StepInterpreter, trace_step
 
 def make_recurrence(call: fx.Node, loop: Loop, grad_enabled: bool) -> Recurrence:
     """Trace and differentiate the loop's body; raises `Reject` where it cannot be a kernel."""
+    _check_dtypes(call, loop)
     _inline_constants(call, loop)
     inits, xs, consts = loop.split(call.args)
 
@@ -80,6 +81,13 @@ def lower_loop(gm: fx.GraphModule, call: fx.Node, loop: Loop, recurrence: Recurr
     graph.erase_node(call)
     delattr(gm, str(call.target))
     return new
+
+
+def _check_dtypes(call: fx.Node, loop: Loop) -> None:
+    for operand in call.args:
+        value = example(operand)
+        if isinstance(value, torch.Tensor) and value.dtype.is_complex:
+            raise Reject(f"complex dtype {value.dtype} has no kernel", node=str(operand), location=loop.location)
 
 
 def _detached(graph: fx.Graph, operand: object) -> object:
