@@ -51,8 +51,8 @@ class LoopPlan:
     def absorb_tail(self) -> None:
         """Take in a last iteration that lacks its dead end, where its values are collected like all others'."""
         tail = self.run.stop - self.stop
-        if tail <= 0 or any(c.step for r in range(tail, self.period) for c in self.run.column(self.start + r)):
-            return  # (there is no slice of x for a read that the last iteration lacks)
+        if tail <= 0 or any(c.kind == "series" for r in range(tail, self.period) for c in self.run.column(self.start + r)):
+            return  # (there is no slice of x for what the last iteration lacks)
         for residue in range(tail):
             outside = [
                 any(self.view.position.get(u, 1 << 60) >= self.run.stop for u in self.node(residue, t).users)

@@ -4,6 +4,10 @@
 
 A time constant or a threshold is a constant of the model. The guard makes Dynamo trace again when it changes.
 
+    n = state.size(); n0 = n[0]; ok = n0 == 3; s = x.view(n0, -1)   ->   s = x.view(3, -1)
+
+A check of shapes in Python (`if state.shape != x.shape: raise`) leaves its arithmetic between the ops of the first step.
+
     autograd_function_apply(fwd, bwd, s0, s1, x)   ->   autograd_function_apply(fwd', bwd', x)
 
 Dynamo hands the symbolic sizes of a surrogate's operands to its bodies, whether they read them or not.
@@ -24,11 +28,42 @@ def specialize_floats(gm: fx.GraphModule) -> None:
         if not isinstance(value, torch.SymFloat) or node.op == "placeholder":
             continue
         number = value.node.guard_float("", 0)
-        for user in list(node.users):
-            user.args = fx.node.map_arg(user.args, lambda n, node=node, number=number: number if n is node else n)
-            user.kwargs = fx.node.map_arg(user.kwargs, lambda n, node=node, number=number: number if n is node else n)
+        _replace_by(node, number)
         if not node.users:
             gm.graph.erase_node(node)
+
+
+def fold_sizes(gm: fx.GraphModule) -> None:
+    """Replace arithmetic on sizes by its number where that is known, and erase what nothing reads."""
+    arithmetic = [n for n in gm.graph.nodes if _is_size_arithmetic(n)]
+    for node in arithmetic:
+        number = _known(example(node))
+        if number is not None:
+            _replace_by(node, number)
+    for node in reversed(arithmetic):
+        if not node.users:
+            gm.graph.erase_node(node)
+
+
+def _is_size_arithmetic(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel", "stride")
+    is_operator = node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator"
+    return is_operator and not any(isinstance(example(n), torch.Tensor) for n in (node, *node.all_input_nodes))
+
+
+def _known(value: object) -> int | bool | None:
+    if isinstance(value, int):
+        return value
+    if isinstance(value, torch.SymInt):
+        return value.node.maybe_as_int()  # type: ignore[no-any-return]
+    return None
+
+
+def _replace_by(node: fx.Node, number: float) -> None:
+    for user in list(node.users):
+        user.args = fx.node.map_arg(user.args, lambda n: number if n is node else n)
+        user.kwargs = fx.node.map_arg(user.kwargs, lambda n: number if n is node else n)
 
 
 def drop_unread_sizes(gm: fx.GraphModule) -> None:

@@ -32,7 +32,7 @@ from snn_compile.passes.functionalize import functionalize
 from snn_compile.passes.hoist import find_invariant, hoist
 from snn_compile.passes.hoist_creations import hoist_creations
 from snn_compile.passes.reroll import reroll
-from snn_compile.passes.specialize import drop_unread_sizes, specialize_floats
+from snn_compile.passes.specialize import drop_unread_sizes, fold_sizes, specialize_floats
 from snn_compile.passes.unroll import restore_writes, unroll
 
 log = logging.getLogger("snn_compile")
@@ -53,7 +53,7 @@ COUNTERS = (
 
 #: The pipeline as a table of contents: (name, what it does).
 PASSES = (
-    ("specialize", "module floats that dynamic=True made symbolic become numbers again, with a guard"),
+    ("specialize", "numbers that became symbolic without need are numbers again; checks of shapes leave no trace"),
     ("decompose", "an opaque neuron op becomes the plain loop registered for it"),
     ("functionalize", "writes into loop-local tensors become values"),
     ("hoist_creations", "constant tensors are made once, before everything else"),
@@ -104,6 +104,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     dump = _Dump(config.dump)
     dump(work, "0_dynamo")
     specialize_floats(work)
+    fold_sizes(work)
     drop_unread_sizes(work)
     decomposed, refused = decompose(work)
     report.rejections += refused

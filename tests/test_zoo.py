@@ -74,6 +74,7 @@ def test_case(name):
     report = check(case, case.inputs(9))
     assert len(report.recurrences) >= case.recurrences
     assert len(report.loops) >= case.loops
+    assert not case.unpeeled or all(r.meta["steps"] == 9 for r in report.recurrences)
 
 
 LENGTHS = ["lif", "scalar_start", "written_into_a_buffer", "accumulated", "two_layers_in_one_loop"]

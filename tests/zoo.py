@@ -85,6 +85,8 @@ class Case:
     #: loops that must become `Loop`s, recurrences that must be lowered
     loops: int = 1
     recurrences: int = 1
+    #: whether each recurrence must have all steps: none is peeled
+    unpeeled: bool = False
     #: forward tolerance where a transcendental stands in the charge; 0: bit for bit
     atol: float = 0.0
 
@@ -653,6 +655,38 @@ def state_passed_in(x, v0):
     v, out = v0, []
     for t in range(x.shape[0]):
         v, s = _step(v, x[t])
+        out.append(s)
+    return torch.stack(out), v
+
+
+@case((6, 7), (6, 7), (6, 7), unpeeled=True)
+def spikes_fed_back_to_the_input(x, v0, s0):
+    """Every read of x is made before the loop, and the last iteration has no next read: none may be made up for it."""
+    v, s, out = v0, s0, []
+    for x_t in x.unbind(0):
+        v, s = _step(v, x_t + 0.5 * s)
+        out.append(s)
+    return torch.stack(out), s, v
+
+
+@case((4, 6), (5, 6), (4, 5), unpeeled=True)
+def layer_before_a_state_passed_in(x, w, v0):
+    v, out = v0, []
+    for x_t in x.unbind(0):
+        v, s = _step(v, nn.functional.linear(x_t, w))
+        out.append(s)
+    return torch.stack(out), v
+
+
+@case((6, 7), (6, 7), unpeeled=True)
+def state_checked_in_python(x, v0):
+    """What a neuron with a state of its own does in its first step."""
+    v, out = v0, []
+    for t in range(x.shape[0]):
+        current = x[t] * 0.5
+        if t == 0 and v.shape != x[t].shape:
+            raise ValueError("the state is of another shape")
+        v, s = _step(v, current)
         out.append(s)
     return torch.stack(out), v
 

@@ -1,6 +1,6 @@
 import torch
 
-from snn_compile.passes.specialize import drop_unread_sizes, specialize_floats
+from snn_compile.passes.specialize import drop_unread_sizes, fold_sizes, specialize_floats
 from tests.passes.capture import Spike, capture, x
 
 
@@ -33,3 +33,28 @@ def test_nothing_to_do():
     captured.check(specialize_floats)
     captured.check(drop_unread_sizes)
     assert str(captured.gm.graph) == before
+
+
+class Stateful(torch.nn.Module):
+    """Checks the shape of the state that the call before left."""
+
+    def __init__(self):
+        super().__init__()
+        self.v = torch.zeros(3, 5)
+
+    def forward(self, a):
+        if self.v.shape != a[0].shape:
+            raise ValueError("another shape")
+        return self.v.view(self.v.size(0), -1) * 0.5 + a[0]
+
+
+def test_checks_of_shapes_leave_no_trace():
+    captured = capture(Stateful(), x())
+    captured.check(fold_sizes)
+    assert not [n for n in captured.gm.graph.nodes if n.target in ("size", "numel") or "eq" in n.name or "not" in n.name]
+
+
+def test_symbolic_sizes_that_are_read_stay():
+    captured = capture(lambda a: a.view(a.size(0), -1) * a.size(1), x(), dynamic=True)
+    captured.check(fold_sizes)
+    assert "mul" in str(captured.gm.graph)
