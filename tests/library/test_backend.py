@@ -1,0 +1,55 @@
+"""Every module of the library through `backend="snn"`, in both step modes: one kernel a recurrence, eager's numbers."""
+
+from __future__ import annotations
+
+import pytest
+
+from snn_compile.lowering.cpp import compiler
+from tests.library.modules import MULTI_STEP, STATEFUL, T
+from tests.library.outcome import outcome
+
+pytestmark = pytest.mark.skipif(compiler.missing() is not None, reason="no C++ compiler")
+
+#: What has no kernel of ours, and why.
+NO_KERNEL = {
+    "MPBNLIFNode-2d": "batch norm of the state needs the whole batch in every step",
+    "MPBNLIFNode-learnable": "batch norm of the state needs the whole batch in every step",
+    "MPBNLIFNode-4d": "batch norm of the state needs the whole batch in every step",
+    "LinearRecurrentContainer": "a linear map of the spikes in every step",
+    "ILCIFNode": "a convolution of the spikes in every step",
+    "ILCLIFNode": "a convolution of the spikes in every step",
+    "ILCCUBALIFNode": "a convolution of the spikes in every step",
+    "Dropout": "no recurrence: one mask for all steps",
+    "Dropout2d": "no recurrence: one mask for all steps",
+    "MultiStepDropout": "no recurrence: one mask for all steps",
+    "MultiStepDropout2d": "no recurrence: one mask for all steps",
+    "DropConnectLinear": "no recurrence: weights sampled once",
+    "PSN": "no recurrence: one matrix product over time",
+    "MaskedPSN": "no recurrence: one matrix product over time",
+    "SlidingPSN": "no recurrence: one convolution over time",
+    "SeqToANNContainer": "no recurrence: one call over all steps",
+}
+
+#: exp, tanh or a batch norm in the step: the last place may differ
+ROUNDED = ("EIFNode", "MPBNLIFNode", "LIAFNode")
+
+
+def check(case, mode: str, steps: int) -> None:  # type: ignore[no-untyped-def]
+    found = outcome(case, mode, steps)
+    assert found.forward <= (1e-6 if case.name.startswith(ROUNDED) else 0.0)
+    assert found.gradients <= 1e-5
+    if case.name in NO_KERNEL:
+        return
+    assert all(n == 1 for n in found.kernels), (found.kernels, found.reasons)
+    assert all(r.meta["steps"] == steps for report in found.reports for r in report.recurrences)  # none is peeled
+
+
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+@pytest.mark.parametrize("mode", ["s", "m"])
+def test_stateful(case, mode):
+    check(case, mode, 5)
+
+
+@pytest.mark.parametrize("case", MULTI_STEP, ids=str)
+def test_multi_step(case):
+    check(case, "m", T)
