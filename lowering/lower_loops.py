@@ -10,15 +10,18 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from snn_compile.errors import Reject
 from snn_compile.ir.loop import Loop
 from snn_compile.ir.recurrence import Carry, Const, Output, Recurrence, TimeSeries
-from snn_compile.ir.values import example, shape_hint
+from snn_compile.ir.stepped import SteppedRecurrence
+from snn_compile.ir.values import example, is_getitem, known_int, shape_hint
 from snn_compile.lowering import ops
-from snn_compile.lowering.registration import TargetFor, register
+from snn_compile.lowering.registration import NAMESPACE
 from snn_compile.passes.hoist_creations import inline_creations
 from snn_compile.passes.trace_step import StepInterpreter, trace_step
+from snn_compile.passes.trace_stepped import trace_stepped
 
 
 def make_recurrence(call: fx.Node, loop: Loop, grad_enabled: bool) -> Recurrence:
@@ -58,15 +61,56 @@ def make_recurrence(call: fx.Node, loop: Loop, grad_enabled: bool) -> Recurrence
     return recurrence
 
 
-def lower_loop(gm: fx.GraphModule, call: fx.Node, loop: Loop, recurrence: Recurrence, target_for: TargetFor) -> fx.Node:
-    """Replace the call of `loop` by the recurrence's op."""
-    op = register(recurrence, target_for)
+def make_stepped(call: fx.Node, loop: Loop, grad_enabled: bool) -> SteppedRecurrence:
+    """Trace and differentiate the loop's body as a program of kernels and calls; raises `Reject` where that cannot be."""
+    _check_dtypes(call, loop)
+    examples = [_of_one_step(a, i, loop) for i, a in enumerate(call.args)]
+    _device(call, loop)
+    inits, xs, consts = loop.split(list(zip(call.args, examples, strict=True)))
+
+    def needs_grad(operand: tuple[object, torch.Tensor]) -> bool:
+        value = example(operand[0])
+        return grad_enabled and isinstance(value, torch.Tensor) and value.requires_grad
+
+    stepped = trace_stepped(
+        _runner(loop),
+        examples,
+        name=loop.name,
+        carries=[
+            Carry(c.name, c.example.dtype, init_needs_grad=needs_grad(i), is_result=c.is_result)
+            for c, i in zip(loop.carries, inits, strict=True)
+        ],
+        xs=[TimeSeries(x.name, x.example.dtype, needs_grad(o), x.reverse) for x, o in zip(loop.xs, xs, strict=True)],
+        consts=[_const(c.name, o[1], needs_grad(o)) for c, o in zip(loop.consts, consts, strict=True)],
+        ys=[Output(y.name, y.example.dtype, y.dim, reverse=y.reverse) for y in loop.ys],
+        supported=ops.is_supported,
+    )
+    stepped.location = loop.location
+    return stepped
+
+
+def _of_one_step(operand: object, i: int, loop: Loop) -> torch.Tensor:
+    """An operand's size, strides and dtype as one step sees it."""
+    value = example(operand)
+    if not isinstance(value, torch.Tensor):
+        raise Reject(f"the loop reads '{operand}', which is not a tensor", location=loop.location)
+    if len(loop.carries) <= i < len(loop.carries) + len(loop.xs):
+        value = value.select(0, 0)
+    sizes, strides = ([known_int(s) for s in numbers] for numbers in (value.shape, value.stride()))
+    if None in sizes or None in strides:
+        raise Reject("a step with calls needs sizes that are known when it is compiled", location=loop.location)
+    with FakeTensorMode():
+        return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)  # type: ignore[arg-type]
+
+
+def lower_loop(gm: fx.GraphModule, call: fx.Node, loop: Loop, op: torch._ops.OpOverload, is_differentiable: bool) -> fx.Node:
+    """Replace the call of `loop` by a call of `op`, whose first results are the loop's."""
     graph = gm.graph
     with graph.inserting_before(call):
-        operands: list[Any] = [_detached(graph, a) if recurrence.backward is None else a for a in call.args]
+        operands: list[Any] = [a if is_differentiable else _detached(graph, a) for a in call.args]
         new = graph.call_function(op, (*operands, loop.length))
         new.meta = dict(call.meta)
-        results = [*loop.ys, *(c for c in loop.carries if c.is_result)]
+        results = op._schema.returns
         users = list(call.users)
         for user in users:
             index = user.args[1]
@@ -93,11 +137,19 @@ def _check_dtypes(call: fx.Node, loop: Loop) -> None:
 def _detached(graph: fx.Graph, operand: object) -> object:
     """No gradient passes the recurrence: say so, or autograd warns that the op has no derivative."""
     value = example(operand)
-    if not isinstance(operand, fx.Node) or not isinstance(value, torch.Tensor) or not value.requires_grad:
+    if not isinstance(operand, fx.Node) or not isinstance(value, torch.Tensor):
+        return operand
+    if not value.requires_grad and not _is_result_of_a_recurrence(operand):
         return operand
     detached = graph.call_method("detach", (operand,))
     detached.meta = {**operand.meta, "example_value": value.detach()}
     return detached
+
+
+def _is_result_of_a_recurrence(node: fx.Node) -> bool:
+    """It may want a gradient where eager's does not: what needs one may come too late in the loop to reach it."""
+    source = node.args[0] if is_getitem(node) else node
+    return isinstance(source, fx.Node) and getattr(source.target, "namespace", "") == NAMESPACE
 
 
 def _inline_constants(call: fx.Node, loop: Loop) -> None:

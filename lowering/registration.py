@@ -26,8 +26,9 @@ GENERATOR_VERSION = 1
 
 TargetFor = Callable[[torch.device], Target]
 
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _registered: dict[str, Recurrence] = {}
+_defined: set[str] = set()
 _lock = threading.Lock()
 
 
@@ -60,10 +61,20 @@ def canonical_text(gm: fx.GraphModule) -> str:
 def register(recurrence: Recurrence, target_for: TargetFor) -> torch._ops.OpOverload:
     """Define the op once per process and give its overload."""
     name = f"recurrence_{content_hash(recurrence)}"
+
+    def define() -> None:
+        _define(name, recurrence, target_for)
+        _registered[name] = recurrence
+
+    return define_once(name, define)
+
+
+def define_once(name: str, define: Callable[[], None]) -> torch._ops.OpOverload:
+    """Run `define` where this process has no op of that name, and give the overload."""
     with _lock:
-        if name not in _registered:
-            _define(name, recurrence, target_for)
-            _registered[name] = recurrence
+        if name not in _defined:
+            define()
+            _defined.add(name)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
@@ -76,34 +87,34 @@ def _define(name: str, recurrence: Recurrence, target_for: TargetFor) -> None:
     n_operands = len(recurrence.carries) + len(recurrence.xs) + len(recurrence.consts)
     n_results = len(recurrence.ys) + len(recurrence.finals)
     operands = ", ".join(f"Tensor a{i}" for i in range(n_operands))
-    _op(
+    define_op(
         name,
         f"({operands}, SymInt steps) -> ({', '.join(['Tensor'] * n_results)})",
-        lambda *a: _tuple(run_forward(recurrence, target_for(a[0].device), a[:-1], a[-1])),
-        lambda *a: _tuple(allocate_results(recurrence, a[:-1], a[-1])),
+        lambda *a: one_or_tuple(run_forward(recurrence, target_for(a[0].device), a[:-1], a[-1])),
+        lambda *a: one_or_tuple(allocate_results(recurrence, a[:-1], a[-1])),
     )
     if recurrence.backward is None:
         return
     n_cts = len(recurrence.differentiable_ys) + sum(c.differentiable for c in recurrence.finals)
     n_grads = sum(_needs_grad(recurrence))
     cts = "".join(f", Tensor? g{i}" for i in range(n_cts))
-    _op(
+    define_op(
         f"{name}_backward",
         f"({operands}{cts}, SymInt steps) -> ({', '.join(['Tensor'] * n_grads)})",
-        lambda *a: _tuple(run_backward(recurrence, target_for(a[0].device), a[:n_operands], a[n_operands:-1], a[-1])),
-        lambda *a: _tuple(allocate_gradients(recurrence, a[:n_operands], a[-1])),
+        lambda *a: one_or_tuple(run_backward(recurrence, target_for(a[0].device), a[:n_operands], a[n_operands:-1], a[-1])),
+        lambda *a: one_or_tuple(allocate_gradients(recurrence, a[:n_operands], a[-1])),
     )
     _register_autograd(name, recurrence)
 
 
-def _op(name: str, schema: str, run: Callable, fake: Callable) -> None:  # type: ignore[type-arg]
+def define_op(name: str, schema: str, run: Callable, fake: Callable) -> None:  # type: ignore[type-arg]
     tags = [torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides]
-    _library.define(name + schema, tags=tags)
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    library.define(name + schema, tags=tags)
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
 
 
-def _tuple(tensors: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+def one_or_tuple(tensors: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
     return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
 
@@ -143,7 +154,7 @@ def _register_autograd(name: str, recurrence: Recurrence) -> None:
         ]
         return (*summed, None)
 
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=library)
 
 
 def sum_to(gradient: Tensor, operand: Tensor, is_series: bool) -> Tensor:

@@ -9,7 +9,6 @@ import torch
 from torch import fx
 
 from snn_compile.errors import Reject
-from snn_compile.ir.recurrence import Recurrence
 from snn_compile.ir.values import example
 from snn_compile.lowering.launch import Target
 
@@ -35,16 +34,16 @@ def for_device(device: torch.device) -> Target:
     return target
 
 
-def for_operands(call: fx.Node, recurrence: Recurrence) -> Target:
+def for_operands(call: fx.Node, location: str) -> Target:
     """The target for the loop's operands; `Reject` (and one warning a process) where the machine lacks something."""
     device = next(v.device for v in map(example, call.args) if isinstance(v, torch.Tensor))
     target = _target(device.type)
     if target is None:
-        raise Reject(f"there are no kernels for device type '{device.type}'", location=recurrence.location)
+        raise Reject(f"there are no kernels for device type '{device.type}'", location=location)
     missing = target.missing()
     if missing is not None:
         _warn_once(missing)
-        raise Reject(missing, location=recurrence.location)
+        raise Reject(missing, location=location)
     return target
 
 

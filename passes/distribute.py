@@ -207,7 +207,7 @@ def distribute(gm: fx.GraphModule, call: fx.Node, loop: Loop, infos: dict[fx.Nod
     calls = [splitter.emit(i) for i in range(len(groups))]
     splitter.rewire()
     for (_, new), group in zip(calls, groups, strict=True):
-        new.is_kernel = group.is_kernel
+        new.is_kernel, new.is_recurrent = group.is_kernel, group.recurrent
     pure = [all(infos[n].pure for n in group.nodes) for group in groups]
     dead = [c for c, p in zip(reversed(calls), reversed(pure), strict=True) if p and _drop_unused(gm, c[0])]
     return [c for c in calls if c not in dead]

@@ -10,7 +10,7 @@ from torch import fx
 
 from snn_compile.errors import Reject
 from snn_compile.ir.loop import Loop, LoopCarry, LoopConst, LoopInput, LoopOutput
-from snn_compile.ir.values import base_name, example, shape_hint, user_line, user_location, value_name
+from snn_compile.ir.values import base_name, example, shape_hint, user_line, user_location, value_name, wanting_grad
 from snn_compile.passes.functionalize import is_grad_switch, is_write, store
 from snn_compile.passes.loop_operands import (
     TimeSlices,
@@ -131,10 +131,16 @@ class LoopPlan:
             leaves = iter([self._operand(residue, slot, c) for slot, c in enumerate(columns)])
             args, kwargs = self._refill(node, leaves)
             new = self.body.create_node(node.op, node.target, args, kwargs, name=value_name(node))
-            new.meta = dict(node.meta)
+            new.meta = self._meta(residue)
             if residue in self.growing:
                 new.meta["grows"] = True
             self.values[residue] = new
+
+    def _meta(self, residue: int) -> dict:  # type: ignore[type-arg]
+        """What is known of a value, for all iterations."""
+        node = self.node(residue, self.template)
+        others = (example(self.node(residue, t)) for t in range(self.count) if self.exists(residue, t))
+        return {**node.meta, "example_value": wanting_grad(example(node), others)}
 
     def _refill(self, node: fx.Node, leaves) -> tuple[tuple, dict]:  # type: ignore[no-untyped-def, type-arg]
         """The node's arguments with its leaves replaced; the same walk as `read_slots`."""
@@ -206,7 +212,7 @@ class LoopPlan:
                 node=node,
                 location=user_location(node),
             )
-        value = self._series[key] = self._input(source, example(column[0]), base_name(column[0].name))  # type: ignore[union-attr]
+        value = self._series[key] = self._input(source, wanting_grad(*_first_and_rest(column)), base_name(column[0].name))  # type: ignore[union-attr]
         return value
 
     def _input(self, source: object, value: object, name: str) -> fx.Node:
@@ -287,8 +293,10 @@ class LoopPlan:
             if key not in self.carries:
                 carry = PlannedCarry(producer, distance, init)
                 source = self.node(producer, self.template)
-                carry.placeholder = self._placeholder(f"carry_{value_name(source)}", dict(source.meta))
                 self._check_init(carry, source)
+                meta = self._meta(producer)
+                meta["example_value"] = wanting_grad(meta["example_value"], [example(init)])
+                carry.placeholder = self._placeholder(f"carry_{value_name(source)}", meta)
                 self.carries[key] = carry
             node = self.carries[key].placeholder
         assert node is not None
@@ -483,3 +491,8 @@ def _types(value: object) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of the tensors in `value`."""
     values = value if isinstance(value, (tuple, list)) else (value,)
     return [(shape_hint(v), v.dtype) for v in values if isinstance(v, torch.Tensor)]
+
+
+def _first_and_rest(column: list[object]) -> tuple[object, list[object]]:
+    first, *rest = map(example, column)
+    return first, rest

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from snn_compile.ir.values import example
+from snn_compile.ir.values import example, known_int
 
 
 def specialize_floats(gm: fx.GraphModule) -> None:
@@ -37,7 +37,7 @@ def fold_sizes(gm: fx.GraphModule) -> None:
     """Replace arithmetic on sizes by its number where that is known, and erase what nothing reads."""
     arithmetic = [n for n in gm.graph.nodes if _is_size_arithmetic(n)]
     for node in arithmetic:
-        number = _known(example(node))
+        number = known_int(example(node))
         if number is not None:
             _replace_by(node, number)
     for node in reversed(arithmetic):
@@ -50,14 +50,6 @@ def _is_size_arithmetic(node: fx.Node) -> bool:
         return node.target in ("size", "dim", "numel", "stride")
     is_operator = node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator"
     return is_operator and not any(isinstance(example(n), torch.Tensor) for n in (node, *node.all_input_nodes))
-
-
-def _known(value: object) -> int | bool | None:
-    if isinstance(value, int):
-        return value
-    if isinstance(value, torch.SymInt):
-        return value.node.maybe_as_int()  # type: ignore[no-any-return]
-    return None
 
 
 def _replace_by(node: fx.Node, number: float) -> None:

@@ -75,7 +75,7 @@ def trace_step(
     with FakeTensorMode(allow_non_fake_inputs=True):  # autograd's C++ makes real 0-d constants of its own
         operands = [torch.empty(shape, dtype=o.dtype, device=device) for o in (*carries, *xs)]
         operands += [torch.empty(() if c.is_scalar else shape, dtype=c.dtype, device=device) for c in consts]
-    carries, ys, needs_grad = _find_differentiable(body, operands, carries, xs, consts, ys)
+    carries, ys, needs_grad = find_differentiable(body, operands, carries, xs, consts, ys)
 
     def forward(*args: torch.Tensor) -> list[torch.Tensor]:
         with torch.no_grad():
@@ -90,7 +90,7 @@ def trace_step(
     return recurrence
 
 
-def _find_differentiable(body, operands, carries, xs, consts, ys):  # type: ignore[no-untyped-def]
+def find_differentiable(body, operands, carries, xs, consts, ys):  # type: ignore[no-untyped-def]
     """Fixpoint: a carry is differentiable if its initial value is, or if the step makes it so."""
     n = len(carries)
     flags = [c.init_needs_grad for c in carries]
@@ -115,9 +115,9 @@ def _leaves(operands: Sequence[torch.Tensor], needs_grad: Sequence[bool]) -> lis
     return [o.detach().requires_grad_() if g else o.detach() for o, g in zip(operands, needs_grad, strict=True)]
 
 
-def _trace_backward(body, operands, needs_grad, recurrence, supported, shape):  # type: ignore[no-untyped-def]
-    n, m = len(operands), len(recurrence.carries)
-    differentiable = [c.differentiable for c in recurrence.carries] + [y.differentiable for y in recurrence.ys]
+def vector_jacobian(body, operands, needs_grad, differentiable):  # type: ignore[no-untyped-def]
+    """``backward(*operands, *cotangents) -> gradients`` by autograd, and example cotangents of the differentiable results."""
+    n = len(operands)
 
     def backward(*args: torch.Tensor) -> list[torch.Tensor | None]:
         leaves = _leaves(args[:n], needs_grad)
@@ -130,12 +130,15 @@ def _trace_backward(body, operands, needs_grad, recurrence, supported, shape):  
 
     with torch.no_grad():
         out = body(*operands)
+    return backward, [torch.empty_like(o) for o, d in zip(out, differentiable, strict=True) if d]
+
+
+def _trace_backward(body, operands, needs_grad, recurrence, supported, shape):  # type: ignore[no-untyped-def]
     results = [*recurrence.carries, *recurrence.ys]
-    cotangents = [torch.empty_like(o) for o, d in zip(out, differentiable, strict=True) if d]
+    backward, cotangents = vector_jacobian(body, operands, needs_grad, [r.differentiable for r in results])
     names = [o.name for o in (*recurrence.carries, *recurrence.xs, *recurrence.consts)]
-    names += [
-        f"grad_{'next_' if i < m else ''}{r.name}" for i, (r, d) in enumerate(zip(results, differentiable, strict=True)) if d
-    ]
+    m = len(recurrence.carries)
+    names += [f"grad_{'next_' if i < m else ''}{r.name}" for i, r in enumerate(results) if r.differentiable]
     return _trace(backward, [*operands, *cotangents], names, supported, shape)
 
 
@@ -146,10 +149,10 @@ def _trace(function, operands, names, supported, shape) -> fx.GraphModule:  # ty
     """Trace; ops no target knows are decomposed in a second trace."""
     decompositions: dict[object, Callable] = {}  # type: ignore[type-arg]
     while True:
-        gm = _make_graph(function, operands, decompositions)
+        gm = make_graph(function, operands, decompositions)
         unknown = {n.target for n in gm.graph.nodes if n.op == "call_function" and not supported(n)} - SUMS
         # what a decomposition brings in may itself need one
-        more = {op: _core_decompositions()[op] for op in unknown if op in _core_decompositions()}
+        more = {op: core_decompositions()[op] for op in unknown if op in core_decompositions()}
         if not more.keys() - decompositions.keys():
             break
         decompositions |= more
@@ -158,12 +161,12 @@ def _trace(function, operands, names, supported, shape) -> fx.GraphModule:  # ty
         if node.op == "call_function" and not supported(node):
             raise Reject(f"the step calls {node.target}, which no pointwise kernel can hold", node=node.name)
     check_pointwise(gm, shape)
-    _name_nodes(gm, names)
+    name_nodes(gm, names)
     return gm
 
 
 @functools.cache
-def _core_decompositions() -> dict:  # type: ignore[type-arg]
+def core_decompositions() -> dict:  # type: ignore[type-arg]
     return {**core_aten_decompositions(), aten.div.Tensor_mode: _truncating_div}
 
 
@@ -174,7 +177,7 @@ def _truncating_div(a: torch.Tensor, b: torch.Tensor, *, rounding_mode: str | No
     return NotImplemented
 
 
-def _make_graph(function, operands, decompositions) -> fx.GraphModule:  # type: ignore[no-untyped-def]
+def make_graph(function, operands, decompositions) -> fx.GraphModule:  # type: ignore[no-untyped-def]
     try:
         gm = make_fx(function, decomposition_table=decompositions)(*operands)
     except RuntimeError as error:
@@ -232,7 +235,7 @@ def _name_result(result: object, n: fx.Node) -> None:
         node.meta.setdefault("user_trace", n.meta.get("user_trace") or n.meta.get("stack_trace", ""))
 
 
-def _name_nodes(gm: fx.GraphModule, names: Sequence[str]) -> None:
+def name_nodes(gm: fx.GraphModule, names: Sequence[str]) -> None:
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for node, name in zip(placeholders, names, strict=True):
         node.meta["user_name"] = name

@@ -19,13 +19,16 @@ from snn_compile.errors import Reject, Rejection
 from snn_compile.ir.equations import equations
 from snn_compile.ir.loop import Loop
 from snn_compile.ir.recurrence import Recurrence, TimeSeries
+from snn_compile.ir.stepped import SteppedRecurrence
 from snn_compile.ir.values import base_name, example, shape_hint
 from snn_compile.lowering import ops, targets
 from snn_compile.lowering.kernel_texts import kernel_texts
 from snn_compile.lowering.launch import Direction
-from snn_compile.lowering.lower_loops import lower_loop, make_recurrence
+from snn_compile.lowering.lower_loops import lower_loop, make_recurrence, make_stepped
+from snn_compile.lowering.register_stepped import register_stepped
+from snn_compile.lowering.registration import register
 from snn_compile.passes.batch_time import batch_time
-from snn_compile.passes.classify import classify
+from snn_compile.passes.classify import OpInfo, classify
 from snn_compile.passes.decompose import decompose
 from snn_compile.passes.distribute import Group, distribute, find_groups
 from snn_compile.passes.functionalize import functionalize
@@ -44,6 +47,7 @@ COUNTERS = (
     "ops_decomposed",
     "loops_rerolled",
     "recurrences_lowered",
+    "recurrences_stepped",
     "ops_time_batched",
     "ops_hoisted",
     "batch_norms_folded",
@@ -72,6 +76,8 @@ class Report:
 
     loops: list[Loop] = field(default_factory=list)
     recurrences: list[Recurrence] = field(default_factory=list)
+    #: recurrences whose step is more than pointwise: programs of kernels and calls
+    stepped: list[SteppedRecurrence] = field(default_factory=list)
     rejections: list[Rejection] = field(default_factory=list)
     #: loops or groups as Rejection-like lines: what was left to Inductor inside rerolled loops
     steps: dict[str, int] = field(default_factory=dict)
@@ -129,7 +135,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     dump(work, "5_lower")
     counters["snn_compile"]["rejections"] += len(report.rejections)
     _rewrite_inner(work, config, report)
-    if not report.recurrences:
+    if not report.recurrences and not report.stepped:
         return report
     for call, loop in _calls(work):
         unroll(work, call, loop)
@@ -174,6 +180,7 @@ def _rewrite_inner(gm: fx.GraphModule, config: Config, report: Report) -> None:
         setattr(gm, name, new)
         report.loops += inner.loops
         report.recurrences += inner.recurrences
+        report.stepped += inner.stepped
         report.rejections += inner.rejections
         report.ops_hoisted += inner.ops_hoisted
         report.ops_time_batched += inner.ops_time_batched
@@ -191,6 +198,8 @@ def _why_not(loop: Loop, report: Report) -> Rejection | None:
     groups = find_groups(loop, infos, ignore=find_invariant(loop, infos))
     if any(g.is_kernel for g in groups):
         return _why_growing(loop, groups)
+    if any(g.recurrent for g in groups) and _may_step(loop, groups, infos):
+        return _why_growing(loop, groups)
     if any(g.recurrent for g in groups):
         worst = next(n for g in groups if g.recurrent for n in g.nodes if not infos[n].pointwise)
         return Rejection(
@@ -199,6 +208,15 @@ def _why_not(loop: Loop, report: Report) -> Rejection | None:
             loop.location,
         )
     return Rejection("nothing is carried from step to step", loop.name, loop.location)
+
+
+#: With fewer steps an unrolled loop compiles fast and leaves no gaps between them.
+FEWEST_STEPS = 4
+
+
+def _may_step(loop: Loop, groups: list[Group], infos: dict[fx.Node, OpInfo]) -> bool:
+    """Whether a recurrence that is no kernel can be a program of kernels and calls: nothing in it writes or draws numbers."""
+    return loop.length >= FEWEST_STEPS and any(g.recurrent and all(infos[n].pure for n in g.nodes) for g in groups)
 
 
 def _why_growing(loop: Loop, groups: list[Group]) -> Rejection | None:
@@ -231,20 +249,35 @@ def _batch_time(gm: fx.GraphModule, report: Report) -> None:
 def _lower(gm: fx.GraphModule, report: Report, dump: _Dump) -> None:
     grad_enabled = torch.is_grad_enabled()
     for call, loop in _calls(gm):
+        if loop.is_recurrent and not loop.is_kernel:
+            _lower_stepped(gm, call, loop, report)
         if not loop.is_kernel:
             continue
         try:
             recurrence = make_recurrence(call, loop, grad_enabled)
-            target = targets.for_operands(call, recurrence)
+            target = targets.for_operands(call, recurrence.location)
         except Reject as r:
             report.rejections.append(replace(r.rejection, location=r.rejection.location or loop.location))
             continue
         report.steps[recurrence.name] = loop.length
         _describe(recurrence, call, loop, target.name)
         dump.kernels(recurrence)
-        lower_loop(gm, call, loop, recurrence, targets.for_device)
+        lower_loop(gm, call, loop, register(recurrence, targets.for_device), recurrence.backward is not None)
         report.recurrences.append(recurrence)
         counters["snn_compile"]["recurrences_lowered"] += 1
+
+
+def _lower_stepped(gm: fx.GraphModule, call: fx.Node, loop: Loop, report: Report) -> None:
+    try:
+        stepped = make_stepped(call, loop, torch.is_grad_enabled())
+        target = targets.for_operands(call, stepped.location)
+    except Reject as r:
+        report.rejections.append(replace(r.rejection, location=r.rejection.location or loop.location))
+        return
+    stepped.meta |= {"steps": loop.length, "target": target.name}
+    lower_loop(gm, call, loop, register_stepped(stepped, targets.for_device), stepped.backward is not None)
+    report.stepped.append(stepped)
+    counters["snn_compile"]["recurrences_stepped"] += 1
 
 
 def _describe(recurrence: Recurrence, call: fx.Node, loop: Loop, target: str) -> None:

@@ -67,7 +67,11 @@ def compare(program, expected, got, operands, got_operands):  # type: ignore[no-
     if any(g is not None and not g.isfinite().all() for g in wanted):
         seen["gradient of eager overflows"] += 1
         return
-    found = gradients(got, got_operands) or [None] * len(wanted)
+    found = gradients(got, got_operands)
+    if not wanted:  # what needs a gradient comes too late in the loop to reach a result: for the kernel it is zero
+        assert all(g is None or not g.any() for g in found)
+        return
+    found = found or [None] * len(wanted)
     for i, (a, b) in enumerate(zip(wanted, found, strict=True)):
         if a is None or b is None:
             assert (a is None or not a.any()) and (b is None or not b.any())
@@ -115,6 +119,26 @@ class Interpreted:
 
     def missing(self) -> None:
         return None
+
+    def kernel(self, recurrence: Recurrence, direction: str, layout) -> InterpretedRegion:  # type: ignore[no-untyped-def]
+        return InterpretedRegion(recurrence)
+
+
+@dataclasses.dataclass
+class InterpretedRegion:
+    """A region of a stepped recurrence: one step, no states."""
+
+    recurrence: Recurrence
+
+    def bind(self, tensors, placement, steps):  # type: ignore[no-untyped-def]
+        n, m = len(self.recurrence.xs), len(self.recurrence.ys)
+
+        def run(tensors) -> None:  # type: ignore[no-untyped-def]
+            operands = [*(x.unsqueeze(0) for x in tensors[:n]), *tensors[n:-m]]
+            for result, value in zip(tensors[-m:], self.recurrence(*operands, steps=steps), strict=True):
+                result.copy_(value[0])
+
+        return run
 
 
 def run_forward(recurrence: Recurrence, target, operands, steps):  # type: ignore[no-untyped-def]
@@ -278,7 +302,10 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=2000)
     parser.add_argument("--compiled", type=int, default=0, help="how many more, with generated C++ kernels")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--shrink", action="store_true", help="make a failing program small (minutes)")
     given = parser.parse_args()
+    if not given.shrink:
+        SETTINGS["phases"] = [hypothesis.Phase.generate]
     start = time.perf_counter()
     run(given.examples, given.seed, ops=ALL_OPS, max_steps=300)
     if given.compiled:

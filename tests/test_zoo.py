@@ -73,11 +73,12 @@ def test_case(name):
     case = zoo.CASES[name]
     report = check(case, case.inputs(9))
     assert len(report.recurrences) >= case.recurrences
+    assert len(report.stepped) == case.stepped
     assert len(report.loops) >= case.loops
-    assert not case.unpeeled or all(r.meta["steps"] == 9 for r in report.recurrences)
+    assert not case.unpeeled or all(r.meta["steps"] == 9 for r in [*report.recurrences, *report.stepped])
 
 
-LENGTHS = ["lif", "scalar_start", "written_into_a_buffer", "accumulated", "two_layers_in_one_loop"]
+LENGTHS = ["lif", "scalar_start", "written_into_a_buffer", "accumulated", "two_layers_in_one_loop", "recurrent_lif"]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 33])
@@ -95,14 +96,16 @@ def test_dynamic_shapes(name):
 
 
 @pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-12), (torch.bfloat16, 2**-6), (torch.float16, 2**-9)], ids=str)
-@pytest.mark.parametrize("name", ["lif", "lif_soft_reset_detached_with_state", "cuba_lif_two_states", "time_last"])
+@pytest.mark.parametrize(
+    "name", ["lif", "lif_soft_reset_detached_with_state", "cuba_lif_two_states", "time_last", "recurrent_lif"]
+)
 def test_dtype(name, dtype, rtol):
     case = zoo.CASES[name]
     report = check(case, [i.to(dtype) for i in case.inputs(9)], rtol)
-    assert len(report.recurrences) >= 1
+    assert len(report.recurrences) + len(report.stepped) >= 1
 
 
-@pytest.mark.parametrize("name", ["lif", "adaptive_threshold", "bool_and_integer_states"])
+@pytest.mark.parametrize("name", ["lif", "adaptive_threshold", "bool_and_integer_states", "recurrent_lif"])
 def test_without_gradients(name):
     case = zoo.CASES[name]
     backend = Backend()
@@ -111,8 +114,8 @@ def test_without_gradients(name):
         expected, got = case.function(*inputs), torch.compile(case.function, backend=backend)(*inputs)
     pairs = zip(expected, got, strict=True) if isinstance(expected, tuple) else [(expected, got)]
     assert all(torch.equal(a, b) for a, b in pairs)
-    assert len(backend.report.recurrences) >= 1
-    assert all(r.backward is None for r in backend.report.recurrences)
+    found = [*backend.report.recurrences, *backend.report.stepped]
+    assert found and all(r.backward is None for r in found)
 
 
 def test_loop_that_no_gradient_passes():
@@ -146,22 +149,6 @@ def near_miss_permuted_time(x):
     v, out = torch.zeros_like(x[0]), []
     for t in (0, 3, 1, 2, 5, 4):
         v = v * 0.5 + x[t]
-        out.append(v)
-    return torch.stack(out)
-
-
-def near_miss_linear_map_of_the_state(x):
-    v, out = torch.zeros_like(x[0]), []
-    for t in range(x.shape[0]):
-        v = torch.tanh(v @ x[0].T @ x[0]) + x[t]
-        out.append(v)
-    return torch.stack(out)
-
-
-def near_miss_reduction_of_the_state(x):
-    v, out = torch.zeros_like(x[0]), []
-    for t in range(x.shape[0]):
-        v = v - v.mean(dim=0, keepdim=True) + x[t]
         out.append(v)
     return torch.stack(out)
 

@@ -85,6 +85,8 @@ class Case:
     #: loops that must become `Loop`s, recurrences that must be lowered
     loops: int = 1
     recurrences: int = 1
+    #: recurrences that must become programs of kernels and calls
+    stepped: int = 0
     #: whether each recurrence must have all steps: none is peeled
     unpeeled: bool = False
     #: forward tolerance where a transcendental stands in the charge; 0: bit for bit
@@ -710,3 +712,145 @@ def affine_input(x, gain, bias):
         v, s = _step(v, x[t] * gain + bias)
         out.append(s * 2.0)
     return torch.stack(out)
+
+
+# ------------------------------------------------------------------------------- recurrences that are more than pointwise
+
+
+@case((5, 6), (7, 6), (7, 7), (7,), recurrences=0, stepped=1, unpeeled=True)
+def recurrent_lif(x, w_in, w, b):
+    v = s = x.new_zeros(5, 7)
+    out = []
+    for t in range(x.shape[0]):
+        v, s = _step(v, nn.functional.linear(x[t], w_in) + nn.functional.linear(s, w, b) * 0.3)
+        out.append(s)
+    return torch.stack(out)
+
+
+@case((5, 6), (6, 6), (5, 6), recurrences=0, stepped=1)
+def recurrent_states_returned(x, w, v0):
+    v = s = v0
+    out = []
+    for x_t in x.unbind(0):
+        v, s = _step(v, x_t + s @ w)
+        out.append(v)
+    return torch.stack(out, -1), s, v
+
+
+@case((5, 6), (4, 6), (6, 4), recurrences=0, stepped=1)
+def feedback_from_the_second_layer(x, w1, w2):
+    v, u, z = torch.zeros(5, 4), torch.zeros(5, 6), torch.zeros(5, 6)
+    out = []
+    for t in range(x.shape[0]):
+        v, s = _step(v, (x[t] - 0.5 * z) @ w1.t())
+        u, z = _step(u, s @ w2.t())
+        out.append(z)
+    return torch.stack(out)
+
+
+@case((2, 3, 5, 5), (3, 3, 3, 3), recurrences=0, stepped=1)
+def recurrent_convolution(x, w):
+    v = s = torch.zeros(2, 3, 5, 5)
+    out = []
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t] + nn.functional.conv2d(s, w, padding=1) * 0.2)
+        out.append(s)
+    return torch.stack(out)
+
+
+@case((5, 6), (6, 1, 3), (6,), recurrences=0, stepped=1)
+def grouped_convolution_of_the_spikes(x, w, b):
+    v, feedback, out = torch.zeros(5, 6), torch.zeros(5, 6), []
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t] + feedback)
+        feedback = nn.functional.conv1d(s.view(-1, 2, 3), w, b, groups=2).view(-1, 6)
+        out.append(s)
+    return torch.stack(out)
+
+
+@case((5, 6), (4, 10), (4,), recurrences=0, stepped=1)
+def concatenated_with_the_spikes(x, w, b):
+    v, s, out = torch.zeros(5, 4), torch.zeros(5, 4), []
+    for t in range(x.shape[0]):
+        v, s = _step(v, nn.functional.linear(torch.cat((x[t], s), dim=-1), w, b))
+        out.append(s)
+    return torch.stack(out)
+
+
+@case((6, 7), recurrences=0, stepped=1)
+def reduction_of_the_state(x):
+    v, out = torch.zeros_like(x[0]), []
+    for t in range(x.shape[0]):
+        v = v - v.mean(dim=0, keepdim=True) + x[t]
+        out.append(v)
+    return torch.stack(out)
+
+
+@case((6, 7), (7,), (7,), recurrences=0, stepped=1)
+def normalised_potential(x, gain, bias):
+    v, out = torch.zeros_like(x[0]), []
+    for t in range(x.shape[0]):
+        v, s = _step(nn.functional.layer_norm(v + x[t], (7,), gain, bias), x[t])
+        out.append(s)
+    return torch.stack(out)
+
+
+@case((5, 6), (12, 6), (12, 3), recurrences=0, stepped=1)
+def lstm_written_out(x, w, u):
+    h, c, out = torch.zeros(5, 3), torch.zeros(5, 3), []
+    for t in range(x.shape[0]):
+        i, f, g, o = (x[t] @ w.t() + h @ u.t()).chunk(4, -1)
+        c = f * 0.5 * c + i * g
+        h = o * c.clamp(-1.0, 1.0)
+        out.append(h)
+    return torch.stack(out)
+
+
+@case((5, 6), recurrences=0, stepped=1)
+def winner_takes_all(x):
+    v, out = torch.zeros(5, 6), []
+    for t in range(x.shape[0]):
+        h = 0.9 * v + x[t]
+        s = (h == h.amax(-1, keepdim=True)).float() * Sigmoid.apply(h - 1.0, 4.0)
+        v = h - s
+        out.append(s)
+    return torch.stack(out)
+
+
+@case((6, 6), recurrences=0, stepped=1, inputs=lambda T: [randn(T, 6, 6) * 0.3, randn(6, 6) * 0.3])
+def recurrent_backwards_in_time(x, w):
+    v, out = torch.zeros(6, 6), torch.zeros(x.shape)
+    for t in range(x.shape[0] - 1, -1, -1):
+        v = (v @ w + x[t]).clamp(-2.0, 2.0)
+        out[t] = v
+    return out
+
+
+@case((5, 6), (6, 6), recurrences=0, stepped=1)
+def recurrent_sum_of_spikes(x, w):
+    v, s, count = torch.zeros(5, 6), torch.zeros(5, 6), 0.0
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t] + s @ w)
+        count = count + s
+    return count
+
+
+@case((5, 6), (6, 6), (6,), recurrences=0, stepped=1)
+def value_that_no_step_changes(x, w, a):
+    v, out = torch.zeros(5, 6), []
+    for t in range(x.shape[0]):
+        threshold = torch.sigmoid(a)
+        v, s = _step(v, x[t] + v @ w * 0.1)
+        out.append(s * threshold + torch.zeros(5, 6))
+        out.append(threshold.expand(5, 6))
+    return torch.stack(out)
+
+
+@case((6, 7), (6, 7))
+def only_the_first_step_wants_a_gradient(x, v0):
+    """The state depends on a parameter in the first step and on nothing that wants a gradient in all others."""
+    v, total = v0, 0.0
+    for t in range(x.shape[0]):
+        total = total + 2.0 * v
+        v = torch.relu(x[t]).detach() + 0.0 * v.detach()
+    return total

@@ -73,6 +73,8 @@ class Loop(nn.Module):
         self.carries, self.xs, self.consts, self.ys = list(carries), list(xs), list(consts), list(ys)
         #: recurrent and pointwise: can be one kernel (found by passes/distribute)
         self.is_kernel = False
+        #: a state goes from step to step
+        self.is_recurrent = False
 
     def split(self, operands: Sequence) -> tuple[Sequence, Sequence, Sequence]:  # type: ignore[type-arg]
         """``operands -> inits, xs, consts``"""

@@ -18,9 +18,29 @@ def example(node: object) -> Any:
     return node
 
 
+def wanting_grad(value: Any, others: Iterable[object]) -> Any:
+    """An example that stands for `value` and `others`: one of them wants a gradient, so it does.
+
+    An iteration may start from a constant and go on with a value that depends on a parameter; an example that said no would
+    cost a gradient.
+    """
+    if not isinstance(value, torch.Tensor) or value.requires_grad or not value.dtype.is_floating_point:
+        return value
+    if not any(isinstance(o, torch.Tensor) and o.requires_grad for o in others):
+        return value
+    return value.detach().requires_grad_()
+
+
 def hint(size: int | torch.SymInt) -> int:
     """A concrete size for a possibly symbolic one, without adding a guard."""
     return size if isinstance(size, int) else int(size.node.hint)
+
+
+def known_int(value: object) -> int | None:
+    """A number, or a symbolic one that guards have pinned down; None for all else."""
+    if isinstance(value, int):
+        return value
+    return value.node.maybe_as_int() if isinstance(value, torch.SymInt) else None
 
 
 def shape_hint(value: torch.Tensor) -> tuple[int, ...]:

@@ -15,10 +15,6 @@ NO_KERNEL = {
     "MPBNLIFNode-2d": "batch norm of the state needs the whole batch in every step",
     "MPBNLIFNode-learnable": "batch norm of the state needs the whole batch in every step",
     "MPBNLIFNode-4d": "batch norm of the state needs the whole batch in every step",
-    "LinearRecurrentContainer": "a linear map of the spikes in every step",
-    "ILCIFNode": "a convolution of the spikes in every step",
-    "ILCLIFNode": "a convolution of the spikes in every step",
-    "ILCCUBALIFNode": "a convolution of the spikes in every step",
     "Dropout": "no recurrence: one mask for all steps",
     "Dropout2d": "no recurrence: one mask for all steps",
     "MultiStepDropout": "no recurrence: one mask for all steps",
@@ -28,6 +24,14 @@ NO_KERNEL = {
     "MaskedPSN": "no recurrence: one matrix product over time",
     "SlidingPSN": "no recurrence: one convolution over time",
     "SeqToANNContainer": "no recurrence: one call over all steps",
+}
+
+#: Calls between the kernels of a step.
+STEPPED = {
+    "LinearRecurrentContainer": "a linear map of the spikes",
+    "ILCIFNode": "a convolution of the spikes",
+    "ILCLIFNode": "a convolution of the spikes",
+    "ILCCUBALIFNode": "a convolution of the spikes",
 }
 
 #: exp, tanh or a batch norm in the step: the last place may differ
@@ -40,8 +44,11 @@ def check(case, mode: str, steps: int) -> None:  # type: ignore[no-untyped-def]
     assert found.gradients <= 1e-5
     if case.name in NO_KERNEL:
         return
-    assert all(n == 1 for n in found.kernels), (found.kernels, found.reasons)
-    assert all(r.meta["steps"] == steps for report in found.reports for r in report.recurrences)  # none is peeled
+    stepped = [len(r.stepped) for r in found.reports]
+    assert all(n == (case.name not in STEPPED) for n in found.kernels), (found.kernels, found.reasons)
+    assert all(n == (case.name in STEPPED) for n in stepped), (stepped, found.reasons)
+    lengths = [r.meta["steps"] for report in found.reports for r in (*report.recurrences, *report.stepped)]
+    assert all(n == steps for n in lengths)  # none is peeled
 
 
 @pytest.mark.parametrize("case", STATEFUL, ids=str)

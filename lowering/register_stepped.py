@@ -1,0 +1,109 @@
+"""The custom ops of a `SteppedRecurrence`, named by content like those of `lowering/registration.py`.
+
+    snn_compile::stepped_<hash>(inits, xs, consts, steps) -> (ys, finals, history, residuals)
+    snn_compile::stepped_<hash>_backward(inits, xs, consts, history, residuals, cotangents, steps) -> gradients
+
+`history` (states after each step) and `residuals` (results of calls) are there where a gradient is wanted, for the backward
+op alone. Sizes are part of the name: the step's graph holds them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import fx
+
+from snn_compile.ir.stepped import SteppedRecurrence
+from snn_compile.lowering.registration import (
+    GENERATOR_VERSION,
+    NAMESPACE,
+    TargetFor,
+    canonical_text,
+    define_once,
+    define_op,
+    one_or_tuple,
+)
+from snn_compile.lowering.registration import library as _library
+from snn_compile.lowering.stepped import gradient_specs, result_specs, run_stepped, run_stepped_backward
+
+
+def register_stepped(r: SteppedRecurrence, target_for: TargetFor) -> torch._ops.OpOverload:
+    """Define the op once per process and give its overload."""
+    name = f"stepped_{content_hash(r)}"
+    return define_once(name, lambda: _define(name, r, target_for))
+
+
+def content_hash(r: SteppedRecurrence) -> str:
+    parts = [str(GENERATOR_VERSION)]
+    parts += [repr([(type(s).__name__, *(v for k, v in vars(s).items() if k != "name")) for s in items]) for items in _specs(r)]
+    parts += [canonical_text(g) + _shapes(g) for g in (r.step, r.step_backward) if g is not None]
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+
+
+def _specs(r: SteppedRecurrence):  # type: ignore[no-untyped-def]
+    return r.carries, r.xs, r.consts, r.ys
+
+
+def _shapes(gm: fx.GraphModule) -> str:
+    return repr([tuple(n.meta["val"].shape) for n in gm.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)])
+
+
+def _define(name: str, r: SteppedRecurrence, target_for: TargetFor) -> None:
+    n_operands = len(r.carries) + len(r.xs) + len(r.consts)
+    n_results = len(r.ys) + len(r.finals)
+    n_kept = len(r.history) + r.n_residuals
+    operands = ", ".join(f"Tensor a{i}" for i in range(n_operands))
+
+    def fake(*a):  # type: ignore[no-untyped-def]
+        return one_or_tuple([a[0].new_empty(shape, dtype=dtype) for shape, dtype in result_specs(r, a[-1])])
+
+    define_op(
+        name,
+        f"({operands}, SymInt steps) -> ({', '.join(['Tensor'] * (n_results + n_kept))})",
+        lambda *a: one_or_tuple(run_stepped(r, target_for(a[0].device), a[:-1], a[-1])),
+        fake,
+    )
+    if r.backward is None:
+        return
+    n_cts = len(r.differentiable_ys) + sum(c.differentiable for c in r.finals)
+    n_saved = n_operands + n_kept
+    n_grads = sum(c.init_needs_grad for c in r.carries) + sum(x.needs_grad for x in r.xs) + sum(c.needs_grad for c in r.consts)
+    kept = "".join(f", Tensor k{i}" for i in range(n_kept))
+    cts = "".join(f", Tensor? g{i}" for i in range(n_cts))
+
+    def run(*a):  # type: ignore[no-untyped-def]
+        target = target_for(a[0].device)
+        return one_or_tuple(run_stepped_backward(r, target, a[:n_operands], a[n_operands:n_saved], a[n_saved:-1], a[-1]))
+
+    define_op(
+        f"{name}_backward",
+        f"({operands}{kept}{cts}, SymInt steps) -> ({', '.join(['Tensor'] * n_grads)})",
+        run,
+        lambda *a: one_or_tuple([o.new_empty(o.shape) for o in gradient_specs(r, a[:n_operands])]),
+    )
+    _register_autograd(name, r, n_results)
+
+
+def _register_autograd(name: str, r: SteppedRecurrence, n_results: int) -> None:
+    needs_grad = [c.init_needs_grad for c in r.carries] + [x.needs_grad for x in r.xs] + [c.needs_grad for c in r.consts]
+    differentiable = [y.differentiable for y in r.ys] + [c.differentiable for c in r.finals]
+    backward_op = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward").default
+
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        output = output if isinstance(output, (tuple, list)) else (output,)
+        ctx.save_for_backward(*inputs[:-1], *output[n_results:])
+        ctx.steps = inputs[-1]
+        ctx.set_materialize_grads(False)
+        fixed = [o for o, d in zip(output, differentiable, strict=False) if not d]
+        ctx.mark_non_differentiable(*fixed, *output[n_results:])
+
+    def backward(ctx, *cotangents):  # type: ignore[no-untyped-def]
+        wanted = [c for c, d in zip(cotangents, differentiable, strict=False) if d]
+        if all(c is None for c in wanted):
+            return (*(None,) * len(needs_grad), None)
+        gradients = backward_op(*ctx.saved_tensors, *wanted, ctx.steps)
+        rest = iter(gradients if isinstance(gradients, (tuple, list)) else (gradients,))
+        return (*(next(rest) if needed else None for needed in needs_grad), None)
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)

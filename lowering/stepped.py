@@ -1,0 +1,330 @@
+"""Running a `SteppedRecurrence`: its programs, once a step, over preallocated series.
+
+A region is a kernel of the recurrence's target; everything about its call but the addresses is worked out once: in the
+first step, whose states may lie in memory in another way, and in the second, for all that follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snn_compile.ir.recurrence import Recurrence
+from snn_compile.ir.stepped import Call, Program, Reduced, Region, Slot, SteppedRecurrence
+from snn_compile.lowering.launch import MOST_LAUNCHES, BoundKernel, ResultSpec, Target
+from snn_compile.lowering.layout import place
+
+#: ``unit(values, now)``: read and write values by slot; `now` holds where the series of this step go
+Run = Callable[[list, dict[int, Tensor]], None]
+
+
+class StepRunner:
+    """One program on one target, for operands of one signature."""
+
+    def __init__(self, program: Program, target: Target) -> None:
+        self.program = program
+        self.prologue = [_runner(u, target) for u in program.prologue]
+        self.first = [_runner(u, target) for u in program.units]
+        self.later = [_runner(u, target) for u in program.units]
+        #: slots that a step writes; operands and what the prologue made keep their value
+        self.written = {o for u in program.units for o in (u.outputs if isinstance(u, Region) else (u.output,))}
+
+    def values(self) -> list:  # type: ignore[type-arg]
+        return [None] * self.program.size
+
+    def prepare(self, values: list) -> None:  # type: ignore[type-arg]
+        for run in self.prologue:
+            run(values, {})
+
+    def step(self, values: list, now: dict[int, Tensor], is_first: bool) -> None:  # type: ignore[type-arg]
+        for run in self.first if is_first else self.later:
+            run(values, now)
+
+
+def _runner(unit: Region | Call, target: Target) -> Run:
+    return _region_runner(unit, target) if isinstance(unit, Region) else _call_runner(unit)
+
+
+def _call_runner(unit: Call) -> Run:
+    target: Callable[..., Any] = getattr(unit.target, "_op", unit.target)  # past the checks of `OpOverload.__call__`
+    args, kwargs, output = unit.args, unit.kwargs, unit.output
+    nested = any(isinstance(a, (list, tuple, dict)) for a in args) or bool(kwargs)
+    places = [(i, a.index) for i, a in enumerate(args) if isinstance(a, Slot)]
+    template = list(args)
+
+    def run(values: list, now: dict[int, Tensor]) -> None:  # type: ignore[type-arg]
+        filled = template.copy()
+        for i, slot in places:
+            filled[i] = values[slot]
+        result = values[output] = target(*filled)
+        if output in now:
+            now[output].copy_(result)
+
+    def run_nested(values: list, now: dict[int, Tensor]) -> None:  # type: ignore[type-arg]
+        result = values[output] = target(*_fill(args, values), **_fill(kwargs, values))
+        if output in now:
+            now[output].copy_(result)
+
+    return run_nested if nested else run
+
+
+def _fill(value, values):  # type: ignore[no-untyped-def]
+    if isinstance(value, Slot):
+        return values[value.index]
+    if isinstance(value, (list, tuple)):
+        return type(value)(_fill(v, values) for v in value)
+    if isinstance(value, dict):
+        return {k: _fill(v, values) for k, v in value.items()}
+    return value
+
+
+def _region_runner(unit: Region, target: Target) -> Run:
+    kernel, inputs, outputs = unit.kernel, unit.inputs, unit.outputs
+    shape = torch.Size(kernel.meta["shape"])
+    known: list[tuple[BoundKernel | None, list[ResultSpec]]] = []  # at most one; another thread may have added its own
+
+    def prepare(operands: list[Tensor], now: dict[int, Tensor]) -> tuple[BoundKernel | None, list[ResultSpec]]:
+        made = [torch.empty(shape, dtype=y.dtype, device=operands[0].device) for y in kernel.ys]
+        results = [now.get(o, r) for o, r in zip(outputs, made, strict=True)]
+        known.append((_bind(kernel, target, shape, operands, results), [ResultSpec.like(r) for r in made]))
+        return known[0]
+
+    def run(values: list, now: dict[int, Tensor]) -> None:  # type: ignore[type-arg]
+        operands = [values[i] for i in inputs]
+        bound, specs = known[0] if known else prepare(operands, now)
+        results = []
+        for o, spec in zip(outputs, specs, strict=True):
+            result = now.get(o)
+            results.append(spec.allocate(operands[0].device) if result is None else result)
+        if bound is not None:
+            bound([*operands, *results])
+        for o, result in zip(outputs, results, strict=True):
+            values[o] = result
+
+    return run
+
+
+def _bind(
+    kernel: Recurrence, target: Target, shape: torch.Size, operands: list[Tensor], results: list[Tensor]
+) -> BoundKernel | None:
+    """The region's kernel as a recurrence of one step: every operand and result gets a time dim of 1."""
+    if shape.numel() == 0:
+        return None
+    n = len(kernel.xs)
+    wide = [o.expand(shape).unsqueeze(0) for o in operands[:n]] + [o.expand(shape) for o in operands[n:]]
+    wide += [r.unsqueeze(0) for r in results]
+    timed = [True] * n + [False] * (len(operands) - n) + [True] * len(results)
+    placement = place(shape, wide, timed)
+    key = (target.name, "forward", placement.layout)
+    compiled = kernel.kernels.get(key)
+    if compiled is None:
+        compiled = kernel.kernels[key] = target.kernel(kernel, "forward", placement.layout)
+    return compiled.bind(wide, placement, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------- forward
+
+
+def result_specs(r: SteppedRecurrence, steps: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Sizes and dtypes of what `run_stepped` gives: ``ys, finals, history, residuals``, all contiguous."""
+    n, m = len(r.carries), len(r.ys)
+    found = []
+    for (shape, dtype), y in zip(r.results[n : n + m], r.ys, strict=True):
+        d = y.time_dim % (len(shape) + 1)
+        found.append(((*shape[:d], steps, *shape[d:]), dtype))
+    found += [spec for spec, c in zip(r.results, r.carries, strict=False) if c.is_result]
+    kept = [r.results[i] for i in r.history] + list(r.results[n + m :])
+    return found + [((steps, *shape), dtype) for shape, dtype in kept]
+
+
+def run_stepped(r: SteppedRecurrence, target: Target, operands: Sequence[Tensor], steps: int) -> list[Tensor]:
+    """``operands -> ys, finals, history, residuals``; `history` holds the states *after* each step."""
+    inits, xs, consts = r.split(operands)
+    runner = _prepared(r, r.forward, target, "forward", operands)
+    device = operands[0].device
+    out: list[int] = r.forward.outputs  # type: ignore[assignment]  # (none is None: only a gradient may be zero)
+    n, m = len(r.carries), len(r.ys)
+    # (slot, series) of everything that is kept for each step
+    shapes = [*r.results[n : n + m], *(r.results[i] for i in r.history), *r.results[n + m :]]
+    wanted = [*out[n : n + m], *(out[i] for i in r.history), *out[n + m :]]
+    kept = [torch.empty((steps, *shape), dtype=dtype, device=device) for shape, dtype in shapes]
+    reverse = [y.reverse for y in r.ys] + [False] * (len(kept) - m)
+    views = [k.unbind(0)[::-1] if back else k.unbind(0) for k, back in zip(kept, reverse, strict=True)]
+    values = runner.values()
+    values[n + len(xs) : n + len(xs) + len(consts)] = consts
+    runner.prepare(values)
+    series = _per_step(xs, r)
+    carries = list(inits)
+    for t in range(steps):
+        values[:n] = carries
+        values[n : n + len(series)] = [s[t] for s in series]
+        now: dict[int, Tensor] = {}
+        twice = []
+        for slot, view in zip(wanted, views, strict=True):
+            if slot in now or slot not in runner.written:  # one value in two series, or one that no step writes
+                twice.append((slot, view[t]))
+            else:
+                now[slot] = view[t]
+        runner.step(values, now, t == 0)
+        for slot, place_ in twice:
+            place_.copy_(values[slot])
+        carries = [values[o] for o in out[:n]]
+    ys = [k if y.time_dim == 0 else k.movedim(0, y.time_dim).contiguous() for k, y in zip(kept, r.ys, strict=False)]
+    finals = [c.clone() for c, spec in zip(carries, r.carries, strict=True) if spec.is_result]
+    return [*ys, *finals, *kept[m:]]
+
+
+def _per_step(xs: Sequence[Tensor], r: SteppedRecurrence) -> list[Sequence[Tensor]]:
+    return [x.unbind(0)[::-1] if spec.reverse else x.unbind(0) for x, spec in zip(xs, r.xs, strict=True)]
+
+
+def _prepared(
+    r: SteppedRecurrence, program: Program, target: Target, direction: str, tensors: Sequence[Tensor | None]
+) -> StepRunner:
+    threads = torch.get_num_threads()
+    key = (target.name, direction, threads, *(None if t is None else (t.shape, t.stride(), t.device) for t in tensors))
+    known = r.meta.setdefault("runners", {})
+    if key not in known:
+        if len(known) >= MOST_LAUNCHES:
+            known.clear()
+        known[key] = StepRunner(program, target)
+    return known[key]  # type: ignore[no-any-return]
+
+
+# ------------------------------------------------------------------------------------------------------------ backward
+
+
+def gradient_specs(r: SteppedRecurrence, operands: Sequence[Tensor]) -> list[Tensor]:
+    """The operands that want a gradient, in order: gradients have their sizes."""
+    inits, xs, consts = r.split(operands)
+    wanted = [i for i, c in zip(inits, r.carries, strict=True) if c.init_needs_grad]
+    wanted += [x for x, spec in zip(xs, r.xs, strict=True) if spec.needs_grad]
+    return wanted + [c for c, spec in zip(consts, r.consts, strict=True) if spec.needs_grad]
+
+
+def run_stepped_backward(
+    r: SteppedRecurrence,
+    target: Target,
+    operands: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+    steps: int,
+) -> list[Tensor]:
+    """``operands; history, residuals; cotangents of the differentiable ys and finals -> gradients``"""
+    program = r.backward
+    assert program is not None
+    inits, xs, consts = r.split(operands)
+    runner = _prepared(r, program, target, "backward", [*operands, *kept, *cotangents])
+    n, n_ops = len(r.carries), len(operands)
+    values = runner.values()
+    values[n + len(xs) : n_ops] = consts
+    runner.prepare(values)
+    before = [(i, [inits[i], *k.unbind(0)[:-1]]) for i, k in zip(r.history, kept, strict=False)]
+    streams = [(n + j, s) for j, s in enumerate(_per_step(xs, r))]
+    streams += before
+    streams += [(n_ops + j, k.unbind(0)) for j, k in enumerate(kept[len(r.history) :])]
+    ct_carries, ct_ys = _cotangents(r, operands, cotangents, steps)
+    first_ct = n_ops + r.n_residuals
+    n_ct = len(ct_carries)
+    streams += [(first_ct + n_ct + j, s) for j, s in enumerate(ct_ys)]
+    outputs = program.outputs
+    sink = _Gradients(r, operands, steps, outputs, n_ct, dict(streams), runner.written)
+    for t in reversed(range(steps)):
+        for slot, stream in streams:
+            values[slot] = stream[t]
+        values[first_ct : first_ct + n_ct] = ct_carries
+        runner.step(values, sink.now(t), t == steps - 1)
+        zeros = [ct if o is None else values[o] for o, ct in zip(outputs[:n_ct], sink.zeros(ct_carries), strict=True)]
+        ct_carries = zeros
+        sink.take(values, t)
+    given = [ct for ct, c in zip(ct_carries, r.differentiable_carries, strict=True) if c.init_needs_grad]
+    return [*(g.clone() for g in given), *sink.results()]
+
+
+def _cotangents(r: SteppedRecurrence, operands: Sequence[Tensor], cotangents: Sequence[Tensor | None], steps: int):  # type: ignore[no-untyped-def]
+    """Of the carries after the last step, and of the outputs step by step; an absent one is zero, without memory."""
+    n = len(r.carries)
+    device = operands[0].device
+    n_ys = len(r.differentiable_ys)
+    finals = iter(cotangents[n_ys:])
+
+    def zero(spec: tuple[tuple[int, ...], torch.dtype]) -> Tensor:
+        return torch.zeros((), dtype=spec[1], device=device).expand(spec[0])
+
+    carries = []
+    for spec, c in zip(r.results, r.carries, strict=False):
+        if c.differentiable:
+            ct = next(finals) if c.is_result else None
+            carries.append(zero(spec) if ct is None else ct)
+    series = []
+    outputs = [(spec, y) for spec, y in zip(r.results[n : n + len(r.ys)], r.ys, strict=True) if y.differentiable]
+    for (spec, y), ct in zip(outputs, cotangents, strict=False):
+        steps_of = [zero(spec)] * steps if ct is None else ct.movedim(y.time_dim, 0).unbind(0)
+        series.append(steps_of[::-1] if y.reverse else steps_of)
+    return carries, series
+
+
+class _Gradients:
+    """Collects the gradients of inputs (one a step) and of invariant operands (summed over the steps)."""
+
+    def __init__(self, r, operands, steps, outputs, n_ct, streams, written) -> None:  # type: ignore[no-untyped-def]
+        self.r, self.steps, self.written = r, steps, written
+        _, xs, self.consts = r.split(operands)
+        self.device = operands[0].device
+        wanted = [(x, spec) for x, spec in zip(xs, r.xs, strict=True) if spec.needs_grad]
+        self.slots = outputs[n_ct : n_ct + len(wanted)]
+        self.whole = [torch.empty(x.shape, dtype=x.dtype, device=self.device) for x, _ in wanted]
+        self.views = [g.unbind(0)[::-1] if spec.reverse else g.unbind(0) for g, (_, spec) in zip(self.whole, wanted, strict=True)]
+        self.sums: dict[int, Tensor] = {}
+        self.streams = streams  # slots of the backward program that are fed step by step
+        self.series: dict[int, list[Tensor]] = {}
+        for way in r.reduced:
+            for slot in () if way is None or way.kind == "sum" else (way.a, way.b):
+                if slot >= 0 and slot not in streams:
+                    self.series[slot] = [None] * steps  # type: ignore[list-item]
+
+    def now(self, t: int) -> dict[int, Tensor]:
+        found: dict[int, Tensor] = {}
+        self.twice = []
+        for slot, view in zip(self.slots, self.views, strict=True):
+            if slot is None:
+                view[t].zero_()
+            elif slot in found or slot not in self.written:
+                self.twice.append((slot, view[t]))
+            else:
+                found[slot] = view[t]
+        return found
+
+    def zeros(self, carries: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.zeros((), dtype=c.dtype, device=c.device).expand(c.shape) for c in carries]
+
+    def take(self, values: list, t: int) -> None:  # type: ignore[type-arg]
+        for slot, view in self.twice:
+            view.copy_(values[slot])
+        for slot, collected in self.series.items():
+            collected[t] = values[slot]
+        for i, way in enumerate(self.r.reduced):
+            if way is not None and way.kind == "sum":
+                value = values[way.a]
+                self.sums[i] = value.clone() if i not in self.sums else self.sums[i].add_(value)
+
+    def results(self) -> list[Tensor]:
+        wanted = [c for c, spec in zip(self.consts, self.r.consts, strict=True) if spec.needs_grad]
+        return [*self.whole, *(self._reduced(i, way, c) for i, (way, c) in enumerate(zip(self.r.reduced, wanted, strict=True)))]
+
+    def _reduced(self, i: int, way: Reduced | None, operand: Tensor) -> Tensor:
+        if way is None or self.steps == 0:
+            return torch.zeros_like(operand)
+        if way.kind == "sum":
+            return self.sums[i]
+        a = self._rows(way.a)
+        if way.kind == "rows":
+            return a.sum(0).view(operand.shape)
+        return torch.mm(a.t(), self._rows(way.b)).view(operand.shape)
+
+    def _rows(self, slot: int) -> Tensor:
+        """The rows of all steps, as one matrix."""
+        return torch.cat(list(self.streams[slot] if slot in self.streams else self.series[slot]))

@@ -1,0 +1,130 @@
+"""`SteppedRecurrence`: a time loop whose step is more than pointwise, as a short program that runs once a step.
+
+    for t in range(T):                                        r = linear(s, w)         a call
+        r = linear(s, w)                               ->     s, v = kernel(v, x, r)   a region
+        h = 0.9*v + x[t] + r
+        s = H(h - 1); v = h - s
+
+A *call* is an ATen op run as eager runs it (a matrix product, a convolution, a batch norm's statistics), so it gives eager's
+bits. A *region* is the largest group of pointwise ops of one shape between calls; it is one kernel, generated like that of
+a pointwise recurrence (a `Recurrence` without states that runs for one step). What depends on no state and no input runs
+once, before the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from snn_compile.ir.recurrence import Carry, Const, Output, Recurrence, TimeSeries
+
+
+@dataclass
+class Region:
+    """Pointwise ops as one kernel: `kernel` reads ``slots[i] for i in inputs`` and writes ``slots[o] for o in outputs``."""
+
+    kernel: Recurrence
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+@dataclass
+class Call:
+    """One op. ``args`` and ``kwargs`` hold `Slot` where a value goes."""
+
+    target: Callable[..., object]
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+    output: int
+
+
+@dataclass(frozen=True)
+class Slot:
+    index: int
+
+
+@dataclass
+class Program:
+    """A straight-line program over numbered slots; the first slots are its inputs."""
+
+    size: int
+    inputs: int
+    #: units that read invariant inputs only: run once, before the loop
+    prologue: list[Region | Call]
+    units: list[Region | Call]
+    #: a slot a result; None: the result is zero
+    outputs: list[int | None]
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """How a gradient of an invariant operand adds up over the steps.
+
+    ``"sum"``: step by step, of slot `a`. ``"matmul"``: ``sum_t a[t].T @ b[t]``, as one product over all steps at the end.
+    ``"rows"``: ``sum_t a[t].sum(0)``, likewise.
+    """
+
+    kind: str
+    a: int
+    b: int = -1
+
+
+@dataclass
+class SteppedRecurrence:
+    """See the module's docstring. Operands are passed in the order ``inits, xs, consts``, results come as ``ys, finals``.
+
+    ``forward(*carries, *xs, *consts) -> (*next_carries, *ys, *residuals)``
+
+    ``backward(*carries, *xs, *consts, *residuals, *ct_next_carries, *ct_ys) -> (*ct_carries, *grad_xs)``, and
+    `reduced` says how each gradient of an invariant operand is found. ``carries`` are those before the step.
+    """
+
+    name: str
+    carries: tuple[Carry, ...]
+    xs: tuple[TimeSeries, ...]
+    consts: tuple[Const, ...]
+    ys: tuple[Output, ...]
+    forward: Program
+    backward: Program | None = None
+    #: size and dtype of each output of `forward`
+    results: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
+    #: carries whose value before each step the backward program reads, and results of calls that it would have to run again
+    history: tuple[int, ...] = ()
+    n_residuals: int = 0
+    reduced: tuple[Reduced | None, ...] = ()
+    #: the ATen graphs, for the op's name and for reports
+    step: fx.GraphModule | None = None
+    step_backward: fx.GraphModule | None = None
+    location: str = ""
+    meta: dict = field(default_factory=dict)
+
+    @property
+    def finals(self) -> tuple[Carry, ...]:
+        return tuple(c for c in self.carries if c.is_result)
+
+    @property
+    def differentiable_carries(self) -> tuple[Carry, ...]:
+        return tuple(c for c in self.carries if c.differentiable)
+
+    @property
+    def differentiable_ys(self) -> tuple[Output, ...]:
+        return tuple(y for y in self.ys if y.differentiable)
+
+    def split(self, operands: Sequence) -> tuple[Sequence, Sequence, Sequence]:  # type: ignore[type-arg]
+        """``operands -> inits, xs, consts``"""
+        n, m = len(self.carries), len(self.xs)
+        return operands[:n], operands[n : n + m], operands[n + m :]
+
+    def describe(self) -> list[str]:
+        """A line a unit of the forward program."""
+        return [describe(u) for u in self.forward.units]
+
+
+def describe(unit: Region | Call) -> str:
+    if isinstance(unit, Call):
+        return str(unit.target).removesuffix(".default")
+    ops = sum(n.op == "call_function" for n in unit.kernel.step.graph.nodes)
+    return f"one kernel of {ops} pointwise ops"
