@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from snn_compile.ir.recurrence import Recurrence
+from snn_compile.ir.stepped import Program, Region, SteppedRecurrence
 from snn_compile.lowering import targets
 from snn_compile.lowering.launch import BoundKernel, Direction, Kernel, Target, run_backward, run_forward
 from snn_compile.lowering.layout import Layout, Placement
@@ -50,6 +51,21 @@ def kernel_texts(recurrence: Recurrence, operands: Sequence[Tensor], steps: int)
             cotangents = [r for r, d in zip(results, flags, strict=True) if d]
             run_backward(plain, recorder, meta, cotangents, steps)
     return recorder.texts
+
+
+def stepped_texts(stepped: SteppedRecurrence, device: torch.device) -> list[tuple[Direction, str]]:
+    """``[(direction, source)]`` of the kernels of a step, in the order they run."""
+    programs: list[tuple[Direction, Program]] = [("forward", stepped.forward)]
+    programs += [("backward", stepped.backward)] if stepped.backward is not None else []
+    texts = []
+    for direction, program in programs:
+        for unit in program.units:
+            if isinstance(unit, Region):
+                shape = unit.kernel.meta["shape"]
+                operands = [torch.empty((1, *shape), dtype=x.dtype, device=device) for x in unit.kernel.xs]
+                operands += [torch.empty((), dtype=c.dtype, device=device) for c in unit.kernel.consts]
+                texts += [(direction, text) for _, text in kernel_texts(unit.kernel, operands, 1)]
+    return texts
 
 
 def _sizes(tensor: Tensor) -> list[int]:

@@ -18,13 +18,15 @@ from snn_compile.errors import Rejection
 from snn_compile.ir.equations import equations, is_affine, nice_name, op_name, results, surrogate
 from snn_compile.ir.loop import Loop
 from snn_compile.ir.recurrence import Recurrence
+from snn_compile.ir.stepped import SteppedRecurrence
+from snn_compile.ir.stepped import describe as describe_unit
 from snn_compile.ir.values import user_location
-from snn_compile.pipeline import Report, kernel_texts_for_logs
+from snn_compile.pipeline import Report, kernel_texts_for_logs, stepped_texts_for_logs
 
 #: (fragment of a reason, what to change): for refusals that come without a hint of their own.
 HINTS = (
     ("a Python number changes", "put the numbers into a tensor before the loop and read it with [t]"),
-    ("not pointwise", "only elementwise updates of a state become a kernel; move sums and matmuls out of the state"),
+    ("not pointwise", "a step that only computes becomes a kernel or a program: no writes, no random numbers, no `.item()`"),
     ("no pointwise kernel can hold", "write the step with elementwise operations, or move this call out of the loop"),
     ("another tensor in every step", "stack the tensors before the loop and read the stack with [t]"),
     ("do not follow one rule", "make every iteration run the same operations: no `if` on t, no list indexed by t"),
@@ -53,6 +55,8 @@ class Explanation:
 
     loops: list[Loop] = field(default_factory=list)
     recurrences: list[Recurrence] = field(default_factory=list)
+    #: recurrences with calls in their step: programs of kernels and calls
+    stepped: list[SteppedRecurrence] = field(default_factory=list)
     rejections: list[Rejection] = field(default_factory=list)
     #: (name, "forward" or "backward", source text)
     kernels: list[tuple[str, str, str]] = field(default_factory=list)
@@ -90,6 +94,7 @@ class Explanation:
     def _text(self, rejections: list[Rejection]) -> str:
         parts = [self._headline(rejections)]
         parts += [describe(r) for r in self.recurrences]
+        parts += [describe_stepped(r) for r in self.stepped]
         if rejections:
             lines = ["Left to Inductor, with eager's meaning:"]
             parts.append("\n".join(lines + [f"  - {_refusal(r)}" for r in rejections]))
@@ -101,7 +106,7 @@ class Explanation:
         return "\n\n".join(parts)
 
     def _headline(self, rejections: list[Rejection]) -> str:
-        found = len(self.recurrences)
+        found = len(self.recurrences) + len(self.stepped)
         if found:
             return f"snn_compile: {_count(found, 'recurrence')} compiled, from {_count(len(self.loops), 'time loop')}"
         advice = "see below"
@@ -129,6 +134,24 @@ def describe(recurrence: Recurrence) -> str:
     if any("H(" in line.text for line in found):
         lines.append(f"  {'':12} (H(u) is 1 where u >= 0, else 0)")
     lines += _analysis(recurrence)
+    return "\n".join(lines)
+
+
+def describe_stepped(r: SteppedRecurrence) -> str:
+    """One recurrence whose step is more than pointwise: what runs in a step, in order."""
+    lines = [f"{r.name}: {_here(r.location) or 'a loop of unknown place'}"]
+    lines.append(f"  time steps   {r.meta.get('steps', '?')}, each a short program: its kernels and the calls between them")
+    for title, specs in (("states", r.carries), ("inputs", r.xs), ("parameters", r.consts)):
+        if specs:
+            lines.append(f"  {title:12} {', '.join(_name(s) for s in specs)}")
+    programs = [("forward", r.forward)] + ([("backward", r.backward)] if r.backward is not None else [])
+    for title, program in programs:
+        for i, unit in enumerate(program.units):
+            lines.append(f"  {'' if i else title:12} {describe_unit(unit)}")
+    at_end = [way.kind for way in r.reduced if way is not None and way.kind != "sum"]
+    if at_end:
+        lines.append(f"  {'at the end':12} {_count(len(at_end), 'gradient')} of parameters, over all steps at once")
+    lines.append(f"  {'target':12} {r.meta.get('target', '?')}{'' if r.backward is not None else ', forward only'}")
     return "\n".join(lines)
 
 
@@ -314,10 +337,13 @@ def _explanation(reports: list[Report], graph_breaks: list[GraphBreak]) -> Expla
     for report in reports:
         made.loops += report.loops
         made.recurrences += report.recurrences
+        made.stepped += report.stepped
         for r in report.rejections:
             if (r.reason, r.location) not in seen:
                 seen.add((r.reason, r.location))
                 made.rejections.append(r)
     for recurrence in made.recurrences:
         made.kernels += [(recurrence.name, direction, text) for direction, text in kernel_texts_for_logs(recurrence)]
+    for stepped in made.stepped:
+        made.kernels += [(stepped.name, direction, text) for direction, text in stepped_texts_for_logs(stepped)]
     return made

@@ -22,7 +22,7 @@ from snn_compile.ir.recurrence import Recurrence, TimeSeries
 from snn_compile.ir.stepped import SteppedRecurrence
 from snn_compile.ir.values import base_name, example, shape_hint
 from snn_compile.lowering import ops, targets
-from snn_compile.lowering.kernel_texts import kernel_texts
+from snn_compile.lowering.kernel_texts import kernel_texts, stepped_texts
 from snn_compile.lowering.launch import Direction
 from snn_compile.lowering.lower_loops import lower_loop, make_recurrence, make_stepped
 from snn_compile.lowering.register_stepped import register_stepped
@@ -235,7 +235,7 @@ def _why_growing(loop: Loop, groups: list[Group]) -> Rejection | None:
 
 def _batch_time(gm: fx.GraphModule, report: Report) -> None:
     for call, loop in _calls(gm):
-        if loop.is_kernel:
+        if loop.is_recurrent:
             continue
         try:
             count = batch_time(gm, call, loop, classify(loop, is_pointwise_op))
@@ -250,7 +250,7 @@ def _lower(gm: fx.GraphModule, report: Report, dump: _Dump) -> None:
     grad_enabled = torch.is_grad_enabled()
     for call, loop in _calls(gm):
         if loop.is_recurrent and not loop.is_kernel:
-            _lower_stepped(gm, call, loop, report)
+            _lower_stepped(gm, call, loop, report, dump)
         if not loop.is_kernel:
             continue
         try:
@@ -267,14 +267,16 @@ def _lower(gm: fx.GraphModule, report: Report, dump: _Dump) -> None:
         counters["snn_compile"]["recurrences_lowered"] += 1
 
 
-def _lower_stepped(gm: fx.GraphModule, call: fx.Node, loop: Loop, report: Report) -> None:
+def _lower_stepped(gm: fx.GraphModule, call: fx.Node, loop: Loop, report: Report, dump: _Dump) -> None:
     try:
         stepped = make_stepped(call, loop, torch.is_grad_enabled())
         target = targets.for_operands(call, stepped.location)
     except Reject as r:
         report.rejections.append(replace(r.rejection, location=r.rejection.location or loop.location))
         return
-    stepped.meta |= {"steps": loop.length, "target": target.name}
+    device = next(v.device for v in map(example, call.args) if isinstance(v, torch.Tensor))
+    stepped.meta |= {"steps": loop.length, "target": target.name, "device": device}
+    dump.stepped(stepped)
     lower_loop(gm, call, loop, register_stepped(stepped, targets.for_device), stepped.backward is not None)
     report.stepped.append(stepped)
     counters["snn_compile"]["recurrences_stepped"] += 1
@@ -326,12 +328,19 @@ class _Dump:
         self._write(f"{name}.txt", "\n\n".join(text))
 
     def kernels(self, recurrence: Recurrence) -> None:
-        texts = kernel_texts_for_logs(recurrence) if self.directory is not None or kernel_log.isEnabledFor(10) else []
-        for direction, text in texts:
-            kernel_log.debug("kernel of %s, %s:\n%s", recurrence.name, direction, text)
+        if self.directory is not None or kernel_log.isEnabledFor(10):
+            self._kernels(recurrence, [(direction, direction, text) for direction, text in kernel_texts_for_logs(recurrence)])
+
+    def stepped(self, stepped: SteppedRecurrence) -> None:
+        if self.directory is not None or kernel_log.isEnabledFor(10):
+            texts = enumerate(stepped_texts_for_logs(stepped))
+            self._kernels(stepped, [(direction, f"{direction}_{i}", text) for i, (direction, text) in texts])
+
+    def _kernels(self, of: Recurrence | SteppedRecurrence, texts: list[tuple[Direction, str, str]]) -> None:
+        for direction, name, text in texts:
+            kernel_log.debug("kernel of %s, %s:\n%s", of.name, direction, text)
             if self.directory is not None:
-                ending = "cpp" if recurrence.meta["target"] == "cpp" else "py"
-                self._write(f"kernel_{recurrence.name}_{direction}.{ending}", text)
+                self._write(f"kernel_{of.name}_{name}.{'cpp' if of.meta['target'] == 'cpp' else 'py'}", text)
 
     def _write(self, name: str, text: str) -> None:
         try:
@@ -346,6 +355,14 @@ def kernel_texts_for_logs(recurrence: Recurrence) -> list[tuple[Direction, str]]
         return kernel_texts(recurrence, recurrence.meta["operands"], recurrence.meta["steps"])
     except Exception:
         log.debug("no kernel text for %s", recurrence.name, exc_info=True)
+        return []
+
+
+def stepped_texts_for_logs(stepped: SteppedRecurrence) -> list[tuple[Direction, str]]:
+    try:
+        return stepped_texts(stepped, stepped.meta["device"])
+    except Exception:
+        log.debug("no kernel texts for %s", stepped.name, exc_info=True)
         return []
 
 

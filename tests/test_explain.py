@@ -79,16 +79,29 @@ def test_refusal_names_the_line_and_what_to_change_once() -> None:
     assert "to change: put the numbers into a tensor" in text
 
 
-def test_matmul_of_the_state_is_refused() -> None:
-    def f(x, w):
+def test_matmul_of_the_state_is_a_call_between_kernels() -> None:
+    found = explained("recurrent_lif")
+    assert not found.recurrences and len(found.stepped) == 1
+    for part in (
+        "1 recurrence compiled, from 1 time loop",
+        "6, each a short program",
+        "forward      aten.addmm",
+        "one kernel of",
+        "at the end   2 gradients of parameters",
+    ):
+        assert part in str(found), part
+
+
+def test_random_numbers_in_the_state_are_refused() -> None:
+    def f(x):
         v, out = torch.zeros_like(x[0]), []
         for t in range(len(x)):
-            v = torch.tanh(v @ w + x[t])
+            v = torch.dropout(v * 0.5 + x[t], 0.5, True)
             out.append(v)
         return torch.stack(out)
 
-    text = str(snn_compile.explain(f)(torch.randn(6, 3, 3), torch.randn(3, 3)))
-    assert "'matmul'" in text and "not pointwise" in text
+    text = str(snn_compile.explain(f)(torch.randn(6, 3, 3)))
+    assert "'dropout'" in text and "not pointwise" in text and "no random numbers" in text
 
 
 def test_branch_on_data_is_a_graph_break() -> None:

@@ -14,7 +14,7 @@ PACKAGE = "snn_compile"
 LINKED = ("passes", "lowering")
 
 # A part is the first name below the package; parts not named here are "base": config, errors and other helpers.
-MODULES = ("neuron", "layer", "surrogate", "functional", "tempotron")
+MODULES = ("neuron", "layer", "surrogate", "functional", "tempotron", "compat")
 TOP = ("backend", "explain")
 MAY_IMPORT = {
     "base": {"base"},
