@@ -25,7 +25,7 @@ from snn_compile.lowering.registration import (
     one_or_tuple,
 )
 from snn_compile.lowering.registration import library as _library
-from snn_compile.lowering.stepped import gradient_specs, result_specs, run_stepped, run_stepped_backward
+from snn_compile.lowering.stepped import gradient_specs, kept_for_backward, result_specs, run_stepped, run_stepped_backward
 
 
 def register_stepped(r: SteppedRecurrence, target_for: TargetFor) -> torch._ops.OpOverload:
@@ -52,6 +52,7 @@ def _shapes(gm: fx.GraphModule) -> str:
 def _define(name: str, r: SteppedRecurrence, target_for: TargetFor) -> None:
     n_operands = len(r.carries) + len(r.xs) + len(r.consts)
     n_results = len(r.ys) + len(r.finals)
+    n_given = len(result_specs(r, 1))
     n_kept = len(r.history) + r.n_residuals
     operands = ", ".join(f"Tensor a{i}" for i in range(n_operands))
 
@@ -60,7 +61,7 @@ def _define(name: str, r: SteppedRecurrence, target_for: TargetFor) -> None:
 
     define_op(
         name,
-        f"({operands}, SymInt steps) -> ({', '.join(['Tensor'] * (n_results + n_kept))})",
+        f"({operands}, SymInt steps) -> ({', '.join(['Tensor'] * n_given)})",
         lambda *a: one_or_tuple(run_stepped(r, target_for(a[0].device), a[:-1], a[-1])),
         fake,
     )
@@ -92,7 +93,7 @@ def _register_autograd(name: str, r: SteppedRecurrence, n_results: int) -> None:
 
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
         output = output if isinstance(output, (tuple, list)) else (output,)
-        ctx.save_for_backward(*inputs[:-1], *output[n_results:])
+        ctx.save_for_backward(*inputs[:-1], *kept_for_backward(r, output))
         ctx.steps = inputs[-1]
         ctx.set_materialize_grads(False)
         fixed = [o for o, d in zip(output, differentiable, strict=False) if not d]

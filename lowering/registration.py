@@ -22,7 +22,7 @@ from snn_compile.lowering.launch import Target, allocate_gradients, allocate_res
 
 NAMESPACE = "snn_compile"
 #: Bump when generated code changes meaning: part of every op name.
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 
 TargetFor = Callable[[torch.device], Target]
 

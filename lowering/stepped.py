@@ -52,6 +52,7 @@ def _call_runner(unit: Call) -> Run:
     target: Callable[..., Any] = getattr(unit.target, "_op", unit.target)  # past the checks of `OpOverload.__call__`
     args, kwargs, output = unit.args, unit.kwargs, unit.output
     nested = any(isinstance(a, (list, tuple, dict)) for a in args) or bool(kwargs)
+    into = _out_variant(unit)
     places = [(i, a.index) for i, a in enumerate(args) if isinstance(a, Slot)]
     template = list(args)
 
@@ -59,16 +60,31 @@ def _call_runner(unit: Call) -> Run:
         filled = template.copy()
         for i, slot in places:
             filled[i] = values[slot]
-        result = values[output] = target(*filled)
-        if output in now:
-            now[output].copy_(result)
+        place_ = now.get(output)
+        if place_ is None:
+            values[output] = target(*filled)
+        elif into is not None:
+            values[output] = into(*filled, out=place_)
+        else:
+            values[output] = place_.copy_(target(*filled))
 
     def run_nested(values: list, now: dict[int, Tensor]) -> None:  # type: ignore[type-arg]
-        result = values[output] = target(*_fill(args, values), **_fill(kwargs, values))
+        values[output] = target(*_fill(args, values), **_fill(kwargs, values))
         if output in now:
-            now[output].copy_(result)
+            now[output].copy_(values[output])
 
     return run_nested if nested else run
+
+
+def _out_variant(unit: Call) -> Callable[..., Any] | None:
+    """The overload that writes its result where it is told to, if the op has one."""
+    packet = getattr(unit.target, "overloadpacket", None)
+    out = getattr(packet, "out", None) if "out" in getattr(packet, "overloads", list)() else None
+    if out is None or len(out._schema.returns) != 1:
+        return None
+    ours = [(a.name, str(a.type)) for a in unit.target._schema.arguments]  # type: ignore[attr-defined]
+    theirs = [(a.name, str(a.type)) for a in out._schema.arguments if not a.is_out]
+    return out._op if ours == theirs else None  # type: ignore[no-any-return]
 
 
 def _fill(value, values):  # type: ignore[no-untyped-def]
@@ -129,14 +145,17 @@ def _bind(
 
 
 def result_specs(r: SteppedRecurrence, steps: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Sizes and dtypes of what `run_stepped` gives: ``ys, finals, history, residuals``, all contiguous."""
+    """Sizes and dtypes of what `run_stepped` gives: ``ys, finals, history, residuals``, all contiguous.
+
+    A history that is one of the outputs is not given twice.
+    """
     n, m = len(r.carries), len(r.ys)
     found = []
     for (shape, dtype), y in zip(r.results[n : n + m], r.ys, strict=True):
         d = y.time_dim % (len(shape) + 1)
         found.append(((*shape[:d], steps, *shape[d:]), dtype))
     found += [spec for spec, c in zip(r.results, r.carries, strict=False) if c.is_result]
-    kept = [r.results[i] for i in r.history] + list(r.results[n + m :])
+    kept = [r.results[i] for i, y in zip(r.history, r.shared, strict=True) if y is None] + list(r.results[n + m :])
     return found + [((steps, *shape), dtype) for shape, dtype in kept]
 
 
@@ -148,8 +167,9 @@ def run_stepped(r: SteppedRecurrence, target: Target, operands: Sequence[Tensor]
     out: list[int] = r.forward.outputs  # type: ignore[assignment]  # (none is None: only a gradient may be zero)
     n, m = len(r.carries), len(r.ys)
     # (slot, series) of everything that is kept for each step
-    shapes = [*r.results[n : n + m], *(r.results[i] for i in r.history), *r.results[n + m :]]
-    wanted = [*out[n : n + m], *(out[i] for i in r.history), *out[n + m :]]
+    own = [i for i, y in zip(r.history, r.shared, strict=True) if y is None]
+    shapes = [*r.results[n : n + m], *(r.results[i] for i in own), *r.results[n + m :]]
+    wanted = [*out[n : n + m], *(out[i] for i in own), *out[n + m :]]
     kept = [torch.empty((steps, *shape), dtype=dtype, device=device) for shape, dtype in shapes]
     reverse = [y.reverse for y in r.ys] + [False] * (len(kept) - m)
     views = [k.unbind(0)[::-1] if back else k.unbind(0) for k, back in zip(kept, reverse, strict=True)]
@@ -175,6 +195,12 @@ def run_stepped(r: SteppedRecurrence, target: Target, operands: Sequence[Tensor]
     ys = [k if y.time_dim == 0 else k.movedim(0, y.time_dim).contiguous() for k, y in zip(kept, r.ys, strict=False)]
     finals = [c.clone() for c, spec in zip(carries, r.carries, strict=True) if spec.is_result]
     return [*ys, *finals, *kept[m:]]
+
+
+def kept_for_backward(r: SteppedRecurrence, results: Sequence[Tensor]) -> list[Tensor]:
+    """``ys, finals, history, residuals -> history, residuals``, with those that are outputs in their place."""
+    rest = iter(results[len(r.ys) + len(r.finals) :])
+    return [*(next(rest) if y is None else results[y] for y in r.shared), *rest]
 
 
 def _per_step(xs: Sequence[Tensor], r: SteppedRecurrence) -> list[Sequence[Tensor]]:
@@ -232,13 +258,14 @@ def run_stepped_backward(
     streams += [(first_ct + n_ct + j, s) for j, s in enumerate(ct_ys)]
     outputs = program.outputs
     sink = _Gradients(r, operands, steps, outputs, n_ct, dict(streams), runner.written)
+    sink.before = {i: (inits[i], k) for i, k in zip(r.history, kept, strict=False)}
+    sink.open_series()
     for t in reversed(range(steps)):
         for slot, stream in streams:
             values[slot] = stream[t]
         values[first_ct : first_ct + n_ct] = ct_carries
         runner.step(values, sink.now(t), t == steps - 1)
-        zeros = [ct if o is None else values[o] for o, ct in zip(outputs[:n_ct], sink.zeros(ct_carries), strict=True)]
-        ct_carries = zeros
+        ct_carries = [_zero_like(ct) if o is None else values[o] for o, ct in zip(outputs, ct_carries, strict=False)]
         sink.take(values, t)
     given = [ct for ct, c in zip(ct_carries, r.differentiable_carries, strict=True) if c.init_needs_grad]
     return [*(g.clone() for g in given), *sink.results()]
@@ -267,6 +294,10 @@ def _cotangents(r: SteppedRecurrence, operands: Sequence[Tensor], cotangents: Se
     return carries, series
 
 
+def _zero_like(value: Tensor) -> Tensor:
+    return torch.zeros((), dtype=value.dtype, device=value.device).expand(value.shape)
+
+
 class _Gradients:
     """Collects the gradients of inputs (one a step) and of invariant operands (summed over the steps)."""
 
@@ -275,16 +306,27 @@ class _Gradients:
         _, xs, self.consts = r.split(operands)
         self.device = operands[0].device
         wanted = [(x, spec) for x, spec in zip(xs, r.xs, strict=True) if spec.needs_grad]
+        self.wanted_xs = [spec for _, spec in wanted]
         self.slots = outputs[n_ct : n_ct + len(wanted)]
         self.whole = [torch.empty(x.shape, dtype=x.dtype, device=self.device) for x, _ in wanted]
         self.views = [g.unbind(0)[::-1] if spec.reverse else g.unbind(0) for g, (_, spec) in zip(self.whole, wanted, strict=True)]
         self.sums: dict[int, Tensor] = {}
         self.streams = streams  # slots of the backward program that are fed step by step
-        self.series: dict[int, list[Tensor]] = {}
-        for way in r.reduced:
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        self.series: dict[int, Tensor] = {}
+        self.series_views: list[tuple[int, Sequence[Tensor]]] = []
+
+    def open_series(self) -> None:
+        """Room for what is multiplied or summed over all steps at the end; the gradient of an input may be just that."""
+        in_order = [(s, g) for s, g, x in zip(self.slots, self.whole, self.wanted_xs, strict=True) if not x.reverse]
+        for way in self.r.reduced:
             for slot in () if way is None or way.kind == "sum" else (way.a, way.b):
-                if slot >= 0 and slot not in streams:
-                    self.series[slot] = [None] * steps  # type: ignore[list-item]
+                if slot >= 0 and slot in dict(in_order):
+                    self.series[slot] = dict(in_order)[slot]
+                elif slot >= 0 and slot not in self.streams and slot not in self.series:
+                    shape, dtype = self.r.rows[slot]
+                    self.series[slot] = torch.empty((self.steps, *shape), dtype=dtype, device=self.device)
+                    self.series_views.append((slot, self.series[slot].unbind(0)))
 
     def now(self, t: int) -> dict[int, Tensor]:
         found: dict[int, Tensor] = {}
@@ -296,16 +338,16 @@ class _Gradients:
                 self.twice.append((slot, view[t]))
             else:
                 found[slot] = view[t]
+        for slot, views in self.series_views:
+            if slot in found or slot not in self.written:
+                self.twice.append((slot, views[t]))
+            else:
+                found[slot] = views[t]
         return found
-
-    def zeros(self, carries: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.zeros((), dtype=c.dtype, device=c.device).expand(c.shape) for c in carries]
 
     def take(self, values: list, t: int) -> None:  # type: ignore[type-arg]
         for slot, view in self.twice:
             view.copy_(values[slot])
-        for slot, collected in self.series.items():
-            collected[t] = values[slot]
         for i, way in enumerate(self.r.reduced):
             if way is not None and way.kind == "sum":
                 value = values[way.a]
@@ -320,11 +362,15 @@ class _Gradients:
             return torch.zeros_like(operand)
         if way.kind == "sum":
             return self.sums[i]
-        a = self._rows(way.a)
         if way.kind == "rows":
-            return a.sum(0).view(operand.shape)
-        return torch.mm(a.t(), self._rows(way.b)).view(operand.shape)
+            return self._rows(way.a).sum(0).view(operand.shape)
+        if way.b in self.before and way.a in self.series:  # states before each step: the initial one, and those after it
+            init, after = self.before[way.b]
+            a = self.series[way.a]
+            first = torch.mm(a[0].t(), init)
+            return first if self.steps == 1 else first.addmm_(a[1:].flatten(0, 1).t(), after[:-1].flatten(0, 1))
+        return torch.mm(self._rows(way.a).t(), self._rows(way.b)).view(operand.shape)
 
     def _rows(self, slot: int) -> Tensor:
         """The rows of all steps, as one matrix."""
-        return torch.cat(list(self.streams[slot] if slot in self.streams else self.series[slot]))
+        return self.series[slot].flatten(0, 1) if slot in self.series else torch.cat(list(self.streams[slot]))

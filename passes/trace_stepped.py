@@ -191,6 +191,7 @@ class _Builder:
         stepped.backward = split_step(joint, [*carried, *series, *extra], invariant, self.supported)
         slots = {n: stepped.backward.outputs[len(carried) + len(series) + i] for i, n in enumerate(extra)}
         stepped.reduced = tuple(None if w is None else Reduced(w[0], *(slots[n] for n in w[1:])) for w in ways)  # type: ignore[misc]
+        stepped.rows = {slots[n]: (tuple(n.meta["val"].shape), n.meta["val"].dtype) for n in extra}  # type: ignore[misc]
         stepped.history = tuple(i for i in range(n_carries) if inputs[i].users or inputs[i] in extra)
 
 

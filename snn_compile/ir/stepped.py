@@ -95,11 +95,21 @@ class SteppedRecurrence:
     history: tuple[int, ...] = ()
     n_residuals: int = 0
     reduced: tuple[Reduced | None, ...] = ()
+    #: size and dtype of the slots of `backward` that `reduced` reads
+    rows: dict[int, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
     #: the ATen graphs, for the op's name and for reports
     step: fx.GraphModule | None = None
     step_backward: fx.GraphModule | None = None
     location: str = ""
     meta: dict = field(default_factory=dict)
+
+    @property
+    def shared(self) -> tuple[int | None, ...]:
+        """For each carry of `history`, the output that holds the same values in the same order, or None."""
+        n = len(self.carries)
+        stored = [(slot, i) for i, slot in enumerate(self.forward.outputs[n : n + len(self.ys)])]
+        plain = {slot: i for slot, i in stored if self.ys[i].time_dim == 0 and not self.ys[i].reverse}
+        return tuple(plain.get(self.forward.outputs[i]) for i in self.history)
 
     @property
     def finals(self) -> tuple[Carry, ...]:
