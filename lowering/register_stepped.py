@@ -25,7 +25,14 @@ from snn_compile.lowering.registration import (
     one_or_tuple,
 )
 from snn_compile.lowering.registration import library as _library
-from snn_compile.lowering.stepped import gradient_specs, kept_for_backward, result_specs, run_stepped, run_stepped_backward
+from snn_compile.lowering.stepped import (
+    device_of,
+    gradient_specs,
+    kept_for_backward,
+    result_specs,
+    run_stepped,
+    run_stepped_backward,
+)
 
 
 def register_stepped(r: SteppedRecurrence, target_for: TargetFor) -> torch._ops.OpOverload:
@@ -70,16 +77,17 @@ def _define(name: str, r: SteppedRecurrence, target_for: TargetFor) -> None:
     n_cts = len(r.differentiable_ys) + sum(c.differentiable for c in r.finals)
     n_saved = n_operands + n_kept
     n_grads = sum(c.init_needs_grad for c in r.carries) + sum(x.needs_grad for x in r.xs) + sum(c.needs_grad for c in r.consts)
+    optional = ", ".join(f"Tensor? a{i}" for i in range(n_operands))
     kept = "".join(f", Tensor k{i}" for i in range(n_kept))
     cts = "".join(f", Tensor? g{i}" for i in range(n_cts))
 
     def run(*a):  # type: ignore[no-untyped-def]
-        target = target_for(a[0].device)
+        target = target_for(device_of(a))
         return one_or_tuple(run_stepped_backward(r, target, a[:n_operands], a[n_operands:n_saved], a[n_saved:-1], a[-1]))
 
     define_op(
         f"{name}_backward",
-        f"({operands}{kept}{cts}, SymInt steps) -> ({', '.join(['Tensor'] * n_grads)})",
+        f"({optional}{kept}{cts}, SymInt steps) -> ({', '.join(['Tensor'] * n_grads)})",
         run,
         lambda *a: one_or_tuple([o.new_empty(o.shape) for o in gradient_specs(r, a[:n_operands])]),
     )
@@ -93,7 +101,8 @@ def _register_autograd(name: str, r: SteppedRecurrence, n_results: int) -> None:
 
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
         output = output if isinstance(output, (tuple, list)) else (output,)
-        ctx.save_for_backward(*inputs[:-1], *kept_for_backward(r, output))
+        operands = [o if read else None for o, read in zip(inputs, r.reads, strict=False)]
+        ctx.save_for_backward(*operands, *kept_for_backward(r, output))
         ctx.steps = inputs[-1]
         ctx.set_materialize_grads(False)
         fixed = [o for o, d in zip(output, differentiable, strict=False) if not d]

@@ -204,7 +204,15 @@ def kept_for_backward(r: SteppedRecurrence, results: Sequence[Tensor]) -> list[T
 
 
 def _per_step(xs: Sequence[Tensor], r: SteppedRecurrence) -> list[Sequence[Tensor]]:
-    return [x.unbind(0)[::-1] if spec.reverse else x.unbind(0) for x, spec in zip(xs, r.xs, strict=True)]
+    return [_steps_of(x, spec.reverse) for x, spec in zip(xs, r.xs, strict=True)]
+
+
+def _steps_of(x: Tensor, reverse: bool) -> Sequence[Tensor]:
+    return x.unbind(0)[::-1] if reverse else x.unbind(0)
+
+
+def device_of(tensors: Sequence[Tensor | None]) -> torch.device:
+    return next(t.device for t in tensors if t is not None)
 
 
 def _prepared(
@@ -234,12 +242,15 @@ def gradient_specs(r: SteppedRecurrence, operands: Sequence[Tensor]) -> list[Ten
 def run_stepped_backward(
     r: SteppedRecurrence,
     target: Target,
-    operands: Sequence[Tensor],
+    operands: Sequence[Tensor | None],
     kept: Sequence[Tensor],
     cotangents: Sequence[Tensor | None],
     steps: int,
 ) -> list[Tensor]:
-    """``operands; history, residuals; cotangents of the differentiable ys and finals -> gradients``"""
+    """``operands; history, residuals; cotangents of the differentiable ys and finals -> gradients``
+
+    An operand that `r.reads` leaves out may be None.
+    """
     program = r.backward
     assert program is not None
     inits, xs, consts = r.split(operands)
@@ -249,10 +260,11 @@ def run_stepped_backward(
     values[n + len(xs) : n_ops] = consts
     runner.prepare(values)
     before = [(i, [inits[i], *k.unbind(0)[:-1]]) for i, k in zip(r.history, kept, strict=False)]
-    streams = [(n + j, s) for j, s in enumerate(_per_step(xs, r))]
+    given = [(n + j, x, spec) for j, (x, spec) in enumerate(zip(xs, r.xs, strict=True)) if x is not None]
+    streams: list[tuple[int, Sequence[Tensor]]] = [(slot, _steps_of(x, spec.reverse)) for slot, x, spec in given]
     streams += before
     streams += [(n_ops + j, k.unbind(0)) for j, k in enumerate(kept[len(r.history) :])]
-    ct_carries, ct_ys = _cotangents(r, operands, cotangents, steps)
+    ct_carries, ct_ys = _cotangents(r, device_of(operands), cotangents, steps)
     first_ct = n_ops + r.n_residuals
     n_ct = len(ct_carries)
     streams += [(first_ct + n_ct + j, s) for j, s in enumerate(ct_ys)]
@@ -267,14 +279,13 @@ def run_stepped_backward(
         runner.step(values, sink.now(t), t == steps - 1)
         ct_carries = [_zero_like(ct) if o is None else values[o] for o, ct in zip(outputs, ct_carries, strict=False)]
         sink.take(values, t)
-    given = [ct for ct, c in zip(ct_carries, r.differentiable_carries, strict=True) if c.init_needs_grad]
-    return [*(g.clone() for g in given), *sink.results()]
+    wanted = [ct for ct, c in zip(ct_carries, r.differentiable_carries, strict=True) if c.init_needs_grad]
+    return [*(g.clone() for g in wanted), *sink.results()]
 
 
-def _cotangents(r: SteppedRecurrence, operands: Sequence[Tensor], cotangents: Sequence[Tensor | None], steps: int):  # type: ignore[no-untyped-def]
+def _cotangents(r: SteppedRecurrence, device: torch.device, cotangents: Sequence[Tensor | None], steps: int):  # type: ignore[no-untyped-def]
     """Of the carries after the last step, and of the outputs step by step; an absent one is zero, without memory."""
     n = len(r.carries)
-    device = operands[0].device
     n_ys = len(r.differentiable_ys)
     finals = iter(cotangents[n_ys:])
 
@@ -304,7 +315,7 @@ class _Gradients:
     def __init__(self, r, operands, steps, outputs, n_ct, streams, written) -> None:  # type: ignore[no-untyped-def]
         self.r, self.steps, self.written = r, steps, written
         _, xs, self.consts = r.split(operands)
-        self.device = operands[0].device
+        self.device = device_of(operands)
         wanted = [(x, spec) for x, spec in zip(xs, r.xs, strict=True) if spec.needs_grad]
         self.wanted_xs = [spec for _, spec in wanted]
         self.slots = outputs[n_ct : n_ct + len(wanted)]

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from snn_compile.errors import Reject
 from snn_compile.ir.recurrence import Carry, Const, Output, TimeSeries
 from snn_compile.ir.stepped import Reduced, SteppedRecurrence
+from snn_compile.ir.values import is_getitem
 from snn_compile.passes.split_step import Supported, is_number, is_pointwise, split_step
 from snn_compile.passes.trace_step import core_decompositions, find_differentiable, make_graph, name_nodes, vector_jacobian
 
@@ -149,7 +150,7 @@ class _Builder:
         invariant = _invariant(self.step, set(self.step.graph.find_nodes(op="placeholder")[n - len(self.signature[3]) :]))
         last = self.joint.graph.find_nodes(op="placeholder")[n - 1]
         for i, node in enumerate(list(self.joint.graph.nodes)):
-            same = known.get(_number(node, numbers, i if i < n else -1 - i))
+            same = known.get(_number(node, numbers, i if i < n else -1 - i)) or self._part_of_known(node, known)
             if node.op != "call_function" or same is None or same in invariant or not self._is_worth_keeping(node):
                 continue
             with self.joint.graph.inserting_after(last):
@@ -164,6 +165,17 @@ class _Builder:
             if not p.users:
                 self.joint.graph.erase_node(p)
         return [node for _, node in held]
+
+    def _part_of_known(self, node: fx.Node, known: dict[int, fx.Node]) -> fx.Node | None:
+        """A result of a call that the forward step makes and does not read: saved statistics, an index."""
+        source = known.get(node.args[0].meta["number"]) if is_getitem(node) else None  # type: ignore[union-attr]
+        if source is None:
+            return None
+        with self.step.graph.inserting_after(source):
+            part = self.step.graph.call_function(node.target, (source, *node.args[1:]))  # type: ignore[arg-type]
+        part.meta = dict(node.meta)
+        known[node.meta["number"]] = part
+        return part
 
     def _is_worth_keeping(self, node: fx.Node) -> bool:
         """The result of a call that does work: no view, nothing that runs once, a tensor."""
@@ -192,6 +204,8 @@ class _Builder:
         slots = {n: stepped.backward.outputs[len(carried) + len(series) + i] for i, n in enumerate(extra)}
         stepped.reduced = tuple(None if w is None else Reduced(w[0], *(slots[n] for n in w[1:])) for w in ways)  # type: ignore[misc]
         stepped.rows = {slots[n]: (tuple(n.meta["val"].shape), n.meta["val"].dtype) for n in extra}  # type: ignore[misc]
+        read = [bool(i.users) or i in extra or needs for i, needs in zip(inputs, self.needs_grad, strict=False)]
+        stepped.reads = tuple(read)
         stepped.history = tuple(i for i in range(n_carries) if inputs[i].users or inputs[i] in extra)
 
 

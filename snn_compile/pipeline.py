@@ -28,6 +28,7 @@ from snn_compile.lowering.lower_loops import lower_loop, make_recurrence, make_s
 from snn_compile.lowering.register_stepped import register_stepped
 from snn_compile.lowering.registration import register
 from snn_compile.passes.batch_time import batch_time
+from snn_compile.passes.carry_statistics import carry_statistics, updates_statistics
 from snn_compile.passes.classify import OpInfo, classify
 from snn_compile.passes.decompose import decompose
 from snn_compile.passes.distribute import Group, distribute, find_groups
@@ -216,7 +217,9 @@ FEWEST_STEPS = 4
 
 def _may_step(loop: Loop, groups: list[Group], infos: dict[fx.Node, OpInfo]) -> bool:
     """Whether a recurrence that is no kernel can be a program of kernels and calls: nothing in it writes or draws numbers."""
-    return loop.length >= FEWEST_STEPS and any(g.recurrent and all(infos[n].pure for n in g.nodes) for g in groups)
+    return loop.length >= FEWEST_STEPS and any(
+        g.recurrent and all(infos[n].pure or updates_statistics(n) for n in g.nodes) for g in groups
+    )
 
 
 def _why_growing(loop: Loop, groups: list[Group]) -> Rejection | None:
@@ -269,6 +272,7 @@ def _lower(gm: fx.GraphModule, report: Report, dump: _Dump) -> None:
 
 def _lower_stepped(gm: fx.GraphModule, call: fx.Node, loop: Loop, report: Report, dump: _Dump) -> None:
     try:
+        carry_statistics(gm, call, loop)
         stepped = make_stepped(call, loop, torch.is_grad_enabled())
         target = targets.for_operands(call, stepped.location)
     except Reject as r:

@@ -94,6 +94,8 @@ class SteppedRecurrence:
     #: carries whose value before each step the backward program reads, and results of calls that it would have to run again
     history: tuple[int, ...] = ()
     n_residuals: int = 0
+    #: for each operand, whether the backward program needs it; the others may be written into after the loop
+    reads: tuple[bool, ...] = ()
     reduced: tuple[Reduced | None, ...] = ()
     #: size and dtype of the slots of `backward` that `reduced` reads
     rows: dict[int, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
