@@ -49,7 +49,10 @@ def trace_stepped(
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         operands = [torch.empty_strided(e.shape, e.stride(), dtype=e.dtype, device=e.device) for e in examples]
-    carries, ys, needs_grad = find_differentiable(body, operands, carries, xs, consts, ys)
+    try:
+        carries, ys, needs_grad = find_differentiable(body, operands, carries, xs, consts, ys)
+    except RuntimeError as error:  # an op without a fake implementation, or one whose sizes depend on numbers
+        raise Reject(f"one step cannot be traced alone: {type(error).__name__}: {str(error).splitlines()[0]}") from error
 
     def forward(*args: torch.Tensor) -> list[torch.Tensor]:
         with torch.no_grad():
