@@ -1,6 +1,6 @@
 """Other libraries' neurons and tutorial networks, unmodified, each with what becomes of it under `backend="snn"`.
 
-`Model.recurrences`: how many kernels it must become (at least). `Model.reason`: where that is none, why.
+`Model.recurrences`: how many recurrences must be compiled (at least). `Model.reason`: where that is none, why.
 """
 
 from __future__ import annotations
@@ -86,7 +86,6 @@ def snntorch() -> Iterator[tuple]:  # type: ignore[type-arg]
         return lambda: Loop(snt.Leaky(beta=0.9, **options), one("init_leaky"))
 
     branch = "Dynamo: `if` on a tensor, inside of the neuron"
-    matmul = "the recurrent layer is inside of the state"
     for reset in ("subtract", "zero", "none"):
         yield f"Leaky, {reset}", leaky(reset_mechanism=reset)
         yield f"Leaky, {reset}, no delay", leaky(reset_mechanism=reset, reset_delay=False), 0, branch
@@ -101,8 +100,8 @@ def snntorch() -> Iterator[tuple]:  # type: ignore[type-arg]
     yield "Synaptic", lambda: Loop(snt.Synaptic(alpha=0.9, beta=0.8), one("init_synaptic"))
     yield "Alpha", lambda: Loop(snt.Alpha(alpha=0.9, beta=0.8), one("init_alpha"))
     yield "RLeaky, one to one", lambda: Loop(snt.RLeaky(beta=0.9, all_to_all=False), one("init_rleaky"))
-    yield "RLeaky", lambda: Loop(snt.RLeaky(beta=0.9, linear_features=N), one("init_rleaky")), 0, matmul
-    yield "RSynaptic", lambda: Loop(snt.RSynaptic(alpha=0.9, beta=0.8, linear_features=N), one("init_rsynaptic")), 0, matmul
+    yield "RLeaky", lambda: Loop(snt.RLeaky(beta=0.9, linear_features=N), one("init_rleaky"))
+    yield "RSynaptic", lambda: Loop(snt.RSynaptic(alpha=0.9, beta=0.8, linear_features=N), one("init_rsynaptic"))
     yield "LeakyParallel", lambda: snt.LeakyParallel(N, N), 0, "Dynamo does not enter `nn.RNN`"
     yield "tutorial net", lambda: TutorialNet(snt), 2
     yield "tutorial net, static input", lambda: TutorialNet(snt, static=True), 2
