@@ -113,6 +113,11 @@ def _check_calls(gm: fx.GraphModule) -> None:
             raise Reject(f"the step draws random numbers ({node.target})", node=node.name)
         if torch.Tag.data_dependent_output in node.target.tags or torch.Tag.dynamic_output_shape in node.target.tags:
             raise Reject(f"the shape of a value depends on numbers ({node.target})", node=node.name)
+        values = [n.meta["val"] for n in node.all_input_nodes]
+        dtypes = {v.dtype for v in values if isinstance(v, torch.Tensor) and v.dtype.is_floating_point}
+        if len(node.target._schema.returns) > 1 and len(dtypes) > 1:
+            # on fake tensors, the statistics that a norm saves have another dtype than on real ones
+            raise Reject(f"{node.target} mixes {' and '.join(sorted(map(str, dtypes)))}", node=node.name)
 
 
 # ------------------------------------------------------------------------------------------------------------- building
