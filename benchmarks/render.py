@@ -32,6 +32,15 @@ the spread of the trace):
 
 {markdown(first, ["process", "T", "dynamo_s", "snn_beyond_dynamo_s", "inductor_beyond_dynamo_s"])}
 """
+    columns = ["first_call_s", "step_ms", "speed_vs_eager"]
+    text += f"""
+Whole networks, a training step (`benchmarks/networks.py`), and recurrences that are more than pointwise (`benchmarks/stepped.py`;
+Inductor is left out where its compilation takes very long):
+
+{markdown(read("networks_cpu"), ["network", "framework", *columns])}
+
+{markdown(read("stepped_cpu"), ["recurrence", "framework", *columns])}
+"""
     head, rest = README.read_text().split(START)
     README.write_text(f"{head}{START}\n{text}{STOP}{rest.split(STOP)[1]}")
 
