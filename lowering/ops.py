@@ -91,7 +91,13 @@ ROWS: tuple[PointwiseOp, ...] = (
     PointwiseOp(("bitwise_and.Tensor", "bitwise_and.Scalar"), "{0} & {1}", "{0} & {1}"),
     PointwiseOp(("bitwise_or.Tensor", "bitwise_or.Scalar"), "{0} | {1}", "{0} | {1}"),
     PointwiseOp(("bitwise_xor.Tensor", "bitwise_xor.Scalar"), "{0} ^ {1}", "{0} ^ {1}"),
-    PointwiseOp(("where.self", "where.ScalarOther", "where.ScalarSelf"), "{0} ? {1} : {2}", "tl.where({0}, {1}, {2})", None),
+    PointwiseOp(
+        ("where.self", "where.ScalarOther", "where.ScalarSelf"),
+        cpu.where,
+        "tl.where({0}, {1}, {2})",
+        None,
+        cpp_helpers=("choose",),
+    ),
     PointwiseOp(("heaviside.default",), cpu.heaviside, gpu.heaviside),
     # --------------------------------------------------------------------------------------------- transcendental
     # eager's sqrt is MKL's, which is off by one unit now and then; the kernel's is correctly rounded

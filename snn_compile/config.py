@@ -21,6 +21,9 @@ class Config:
     enabled: bool = _option(True, "rewrite loops; False hands the graph to Inductor untouched", (True, False))
     strict: bool = _option(False, "raise on an internal failure of a pass instead of falling back", (True, False))
     batch_time: bool = _option(True, "run layers between neurons once over all steps, not step by step", (True, False))
+    step_from: int = _option(
+        32, "steps from which a recurrence with calls runs as a program; Inductor unrolls a shorter one, and fuses its reductions"
+    )
     min_steps: int = _option(2, "the shortest loop that is rerolled, in equal iterations")
     dump: str = _option("", "directory for the graph after every pass and each kernel's source (SNN_COMPILE_DUMP)")
 
@@ -57,8 +60,8 @@ def _checked(option, value: object) -> object:  # type: ignore[no-untyped-def]
         raise OptionError(f"option {option.name!r} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
     if allowed is None and type(value) is not type(option.default):
         raise OptionError(f"option {option.name!r} is {value!r}; it takes a {type(option.default).__name__}")
-    if option.name == "min_steps" and value < 2:  # type: ignore[operator]
-        raise OptionError(f"option 'min_steps' is {value!r}; allowed: 2 or more")
+    if option.name in ("min_steps", "step_from") and value < 2:  # type: ignore[operator]
+        raise OptionError(f"option {option.name!r} is {value!r}; allowed: 2 or more")
     return value
 
 

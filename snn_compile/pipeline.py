@@ -119,7 +119,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     functionalize(work)
     hoist_creations(work)
     dump(work, "1_functionalize")
-    loops, rejections = reroll(work, lambda loop: _why_not(loop, report), config.min_steps)
+    loops, rejections = reroll(work, lambda loop: _why_not(loop, config), config.min_steps)
     report.loops, report.rejections = loops, report.rejections + rejections
     counters["snn_compile"]["loops_rerolled"] += len(loops)
     dump(work, "2_reroll")
@@ -132,7 +132,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     if config.batch_time:
         _batch_time(work, report)
         dump(work, "4_batch_time")
-    _lower(work, report, dump)
+    _lower(work, report, dump, config)
     dump(work, "5_lower")
     counters["snn_compile"]["rejections"] += len(report.rejections)
     _rewrite_inner(work, config, report)
@@ -193,13 +193,13 @@ def _calls(gm: fx.GraphModule) -> list[tuple[fx.Node, Loop]]:
     ]
 
 
-def _why_not(loop: Loop, report: Report) -> Rejection | None:
+def _why_not(loop: Loop, config: Config) -> Rejection | None:
     """A loop is rerolled where at least one recurrence in it can become a kernel."""
     infos = classify(loop, is_pointwise_op)
     groups = find_groups(loop, infos, ignore=find_invariant(loop, infos))
     if any(g.is_kernel for g in groups):
         return _why_growing(loop, groups)
-    if any(g.recurrent for g in groups) and _may_step(loop, groups, infos):
+    if any(g.recurrent for g in groups) and loop.length >= config.step_from and _may_step(groups, infos):
         return _why_growing(loop, groups)
     if any(g.recurrent for g in groups):
         worst = next(n for g in groups if g.recurrent for n in g.nodes if not infos[n].pointwise)
@@ -207,19 +207,16 @@ def _why_not(loop: Loop, report: Report) -> Rejection | None:
             f"a state goes through '{worst.target}' from step to step, which is not pointwise",
             worst.name,
             loop.location,
+            f"options={{'step_from': {loop.length}}} runs it as a program of kernels and calls"
+            if _may_step(groups, infos)
+            else "",
         )
     return Rejection("nothing is carried from step to step", loop.name, loop.location)
 
 
-#: With fewer steps an unrolled loop compiles fast and leaves no gaps between them.
-FEWEST_STEPS = 4
-
-
-def _may_step(loop: Loop, groups: list[Group], infos: dict[fx.Node, OpInfo]) -> bool:
+def _may_step(groups: list[Group], infos: dict[fx.Node, OpInfo]) -> bool:
     """Whether a recurrence that is no kernel can be a program of kernels and calls: nothing in it writes or draws numbers."""
-    return loop.length >= FEWEST_STEPS and any(
-        g.recurrent and all(infos[n].pure or updates_statistics(n) for n in g.nodes) for g in groups
-    )
+    return any(g.recurrent and all(infos[n].pure or updates_statistics(n) for n in g.nodes) for g in groups)
 
 
 def _why_growing(loop: Loop, groups: list[Group]) -> Rejection | None:
@@ -249,10 +246,10 @@ def _batch_time(gm: fx.GraphModule, report: Report) -> None:
         counters["snn_compile"]["ops_time_batched"] += count
 
 
-def _lower(gm: fx.GraphModule, report: Report, dump: _Dump) -> None:
+def _lower(gm: fx.GraphModule, report: Report, dump: _Dump, config: Config) -> None:
     grad_enabled = torch.is_grad_enabled()
     for call, loop in _calls(gm):
-        if loop.is_recurrent and not loop.is_kernel:
+        if loop.is_recurrent and not loop.is_kernel and loop.length >= config.step_from:
             _lower_stepped(gm, call, loop, report, dump)
         if not loop.is_kernel:
             continue

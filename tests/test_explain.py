@@ -80,7 +80,11 @@ def test_refusal_names_the_line_and_what_to_change_once() -> None:
 
 
 def test_matmul_of_the_state_is_a_call_between_kernels() -> None:
-    found = explained("recurrent_lif")
+    case = zoo.CASES["recurrent_lif"]
+    inputs = [i.requires_grad_() for i in case.inputs(6)]
+    unrolled = str(snn_compile.explain(case.function)(*inputs))
+    assert "no time loop was compiled" in unrolled and "to change: options={'step_from': 6}" in unrolled
+    found = snn_compile.explain(case.function, step_from=6)(*inputs)
     assert not found.recurrences and len(found.stepped) == 1
     for part in (
         "1 recurrence compiled, from 1 time loop",

@@ -245,7 +245,7 @@ def check(program: Program, kernels: bool = False) -> Report:
     got_operands = again(operands)
     gm = unrolled(program, operands)
     with contextlib.nullcontext() if kernels else interpreted():
-        gm, report = run_pipeline(gm, Config(strict=True))
+        gm, report = run_pipeline(gm, Config(strict=True, step_from=4))
         for module in gm.modules():
             if isinstance(module, Loop):
                 verify(module)

@@ -73,7 +73,8 @@ def flags() -> tuple[str, ...]:
 
     extra = ["-fno-fast-math", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fwrapv", "-g0"]
     if _is_gcc(cpp_builder):
-        extra += ["-ftree-loop-vectorize", *_sleef_flags()]
+        # (sinking a function into the branch that uses it would keep the loop around it from being vectorised)
+        extra += ["-ftree-loop-vectorize", "-fno-tree-sink", *_sleef_flags()]
     return tuple(extra)
 
 

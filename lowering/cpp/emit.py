@@ -105,7 +105,7 @@ class Emitter:
                 continue
             if self.is_scalar and helper == "sigmoid":
                 code, helper = code.replace("sigmoid(", "sigmoid_of_one("), "sigmoid_of_one"
-            elif self.is_scalar and helper != "integer_power":
+            elif self.is_scalar and helper not in ("integer_power", "choose"):
                 suffix = "f" if compute == torch.float32 else ""
                 code = code.replace(f"{helper}(", f"__builtin_{helper[1:]}{suffix}(")
                 continue

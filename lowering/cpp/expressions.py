@@ -78,6 +78,12 @@ def rsqrt(operands: list[str], node: fx.Node) -> str:
     return f"1 / {_builtin('sqrt', node)}({operands[0]})"
 
 
+def where(operands: list[str], node: fx.Node) -> str:
+    """Both sides are computed: under a branch the compiler would not vectorise the functions in them."""
+    condition, yes, no = operands
+    return f"choose({condition}, {yes}, {no})" if _is_float(node) else f"{condition} ? {yes} : {no}"
+
+
 def _pick(relation: str, a: str, b: str) -> str:
     """`a` where it is NaN or stands in the relation to `b`, else `b` (which may be NaN too)."""
     return f"{a} != {a} || {a} {relation} {b} ? {a} : {b}"

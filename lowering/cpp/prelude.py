@@ -144,6 +144,15 @@ static inline int64_t integer_power(int64_t base, int64_t exponent) {
   return result;
 }
 """),
+    **{
+        f"choose.{real}": Helper(f"""
+static inline {real} choose(bool condition, {real} yes, {real} no) {{  // by bits, so that no side is computed under a branch
+  const {bits} mask = -{bits}(condition);
+  return __builtin_bit_cast({real}, (__builtin_bit_cast({bits}, yes) & mask) | (__builtin_bit_cast({bits}, no) & ~mask));
+}}
+""")
+        for real, bits in (("float", "uint32_t"), ("double", "uint64_t"))
+    },
     "bf16": Helper(_BF16),
     "fp16": Helper(_FP16),
     **{f"v{name}.{real}": _transcendental(name, real) for name in _SLEEF for real in ("float", "double")},

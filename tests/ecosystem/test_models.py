@@ -28,7 +28,7 @@ def both(model: Model):  # type: ignore[no-untyped-def]
     for compiled in (False, True):
         torch.manual_seed(0)
         module, x = model.make(), model.inputs()
-        made.append(results(module, x, torch.compile(module, backend=snn) if compiled else module))
+        made.append(results(module, x, torch.compile(module, backend=snn, options={"step_from": 4}) if compiled else module))
     return made
 
 
@@ -45,7 +45,7 @@ def test_model(name):
             torch.testing.assert_close(b, a, rtol=0, atol=1e-5 * max(1e-6, float(a.abs().max())))
     torch._dynamo.reset()
     torch.manual_seed(0)
-    found = explain(model.make())(model.inputs())
+    found = explain(model.make(), step_from=4)(model.inputs())
     compiled = [*found.recurrences, *found.stepped]
     assert len(compiled) >= model.recurrences, str(found)
     if model.reason:

@@ -14,8 +14,8 @@ from snn_compile.backend import listeners, snn
 from snn_compile.pipeline import Report
 from tests.library.modules import Module, states
 
-#: Eager's stream of random numbers, so that dropout can be compared.
-OPTIONS = {"fallback_random": True}
+#: Eager's stream of random numbers, so that dropout can be compared; programs for short sequences, too.
+OPTIONS = {"fallback_random": True, "step_from": 4}
 
 
 @dataclass

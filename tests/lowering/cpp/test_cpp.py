@@ -21,6 +21,7 @@ from snn_compile.lowering.cpp.names import comment, identifier
 from snn_compile.lowering.layout import Layout
 from snn_compile.lowering.ops import is_supported
 from snn_compile.passes.trace_step import trace_step
+from tests import zoo
 
 TARGET = target.CppTarget()
 F32 = torch.float32
@@ -122,6 +123,14 @@ def delayed(v, before, x, scale):
     return v, x, before
 
 
+def rectified(v, x):
+    """A rectifier before the spike: the backward selects, with the surrogate's exponential on one side."""
+    h = torch.relu(v + (x - v) / 2.0)
+    s = zoo.Sigmoid.apply(h - 1.0, 4.0)
+    v = torch.where(s > 0, 0.0, h)
+    return v, s
+
+
 X = TimeSeries("x", F32, needs_grad=True)
 CASES = {
     c.body.__name__: c
@@ -136,6 +145,7 @@ CASES = {
         ),
         Case(two_states, (state("i"), state("v", grad=False)), (X,)),
         Case(detached, (state("v"),), (X,)),
+        Case(rectified, (state("v"),), (X,)),
         Case(refractory, (state("v"), state("count", torch.int64), state("fired", torch.bool)), (X,)),
         Case(leaky, (state("v"),), (X,), (Const("decay", F32, True),)),
         Case(integrator, (state("v"),), (X,)),
@@ -397,6 +407,26 @@ def test_only_what_is_used_is_in_the_text() -> None:
         assert not re.search(rf"(?<!_){re.escape(absent)}", text), absent
     for name in re.findall(r"const \w+ (\w+) =", text):
         assert len(re.findall(rf"\b{name}\b", text)) > 1, f"{name} is computed and not used"
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("name", ["lif", "two_states", "detached", "rectified"])
+def test_no_branch_keeps_a_loop_from_being_vectorised(name: str, direction: launch.Direction, tmp_path: Path) -> None:
+    from torch._inductor import cpp_builder
+
+    if not compiler._is_gcc(cpp_builder):
+        pytest.skip("reads the notes of gcc")
+    r = CASES[name].traced()
+    tensors = 20  # at least as many as any of these kernels has
+    source = tmp_path / "kernel.cpp"
+    source.write_text(TARGET.source(r, direction, Layout(1, (1,) * tensors)))
+    command = [cpp_builder.get_cpp_compiler(), "-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC"]
+    command += [*compiler.flags(), "-fopt-info-vec-missed", str(source), "-o", str(tmp_path / "kernel.so")]
+    notes = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    branching = {int(n) for n in re.findall(r"kernel\.cpp:(\d+):\d+: missed: not vectorized: control flow in loop", notes)}
+    lines = source.read_text().splitlines()
+    lanes = {i + 1 for i, line in enumerate(lines) if "for (int64_t lane" in line}
+    assert "missed" in notes and lanes and not lanes & branching
 
 
 def test_invariants_leave_the_loop() -> None:
