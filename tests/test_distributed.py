@@ -31,9 +31,9 @@ SCRIPT = """
     rank, world, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    nodes = neuron.LIFNode(step_mode="m"), neuron.ParametricLIFNode(step_mode="m")
+    nodes = neuron.LIFNode(step_mode="m"), neuron.ParametricLIFNode(step_mode="m", v_threshold=0.1)
     net = nn.Sequential(nn.Linear(12, 16), nodes[0], nn.Linear(16, 5), nodes[1])
-    x, y = torch.rand(6, 8, 12) * 3, torch.randint(0, 5, (8,))
+    x, y = torch.rand(6, 8, 12) * 12, torch.randint(0, 5, (8,))
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
         model = DistributedDataParallel(net)
@@ -53,6 +53,7 @@ SCRIPT = """
             dist.all_reduce(total)
         print(f"{float(total) / world:.5f}")
     if world > 1:
+        dist.barrier()  # neither leaves while the other still talks to it
         dist.destroy_process_group()
 """
 

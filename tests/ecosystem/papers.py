@@ -123,7 +123,7 @@ class RadLIF(nn.Module):
                 w = beta * w + a * u + b * s
                 current = current - w
             u = alpha * (u - s) + (1 - alpha) * current
-            s = ATan.apply(u - 1.0, 2.0)
+            s = ATan.apply(u - 0.2, 2.0)
             out.append(s)
         return torch.stack(out, dim=1)
 
@@ -159,11 +159,11 @@ class SpyTorch(nn.Module):
         return torch.stack(out_rec, dim=1), spk
 
 
-def multi_step_lif(x: Tensor) -> Tensor:
+def multi_step_lif(x: Tensor, threshold: float = 0.5) -> Tensor:
     v, out = 0.0, []
     for t in range(x.shape[0]):
         v = v + (x[t] - v) / 2.0
-        s = ATan.apply(v - 0.5, 2.0)
+        s = ATan.apply(v - threshold, 2.0)
         v = v * (1.0 - s)
         out.append(s)
     return torch.stack(out)
@@ -199,12 +199,12 @@ class SpikingSelfAttention(nn.Module):
         parts = []
         for linear, norm in zip(self.qkv, self.norms, strict=True):
             y = norm(linear(flat).transpose(-1, -2)).transpose(-1, -2).reshape(steps, batch, tokens, dim)
-            s = multi_step_lif(y)
+            s = multi_step_lif(y, 0.1)
             parts.append(s.reshape(steps, batch, tokens, self.heads, dim // self.heads).permute(0, 1, 3, 2, 4))
         q, k, v = parts
         y = (q @ k.transpose(-2, -1)) * 0.125 @ v
         y = y.transpose(2, 3).reshape(steps, batch, tokens, dim)
-        return multi_step_lif(self.proj(multi_step_lif(y)))
+        return multi_step_lif(self.proj(multi_step_lif(y, 0.05)), 0.05)
 
 
 @dataclass(frozen=True)
