@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -61,7 +62,10 @@ def models() -> Iterator[Model]:
         ("sinabs", sinabs),
     ):
         if has(library):
-            yield from (Model(library, *m) if isinstance(m, tuple) else m for m in found())
+            try:
+                yield from (Model(library, *m) if isinstance(m, tuple) else m for m in found())
+            except ImportError as error:  # the library is there, something that it imports is not
+                warnings.warn(f"{library} is left out: {error}", stacklevel=2)
 
 
 # -------------------------------------------------------------------------------------------------------------- snnTorch
