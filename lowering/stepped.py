@@ -259,7 +259,8 @@ def run_stepped_backward(
     values = runner.values()
     values[n + len(xs) : n_ops] = consts
     runner.prepare(values)
-    before = [(i, [inits[i], *k.unbind(0)[:-1]]) for i, k in zip(r.history, kept, strict=False)]
+    # (the step that sees the initial state is not the first one here: the state must lie in memory like those after it)
+    before = [(i, [inits[i].contiguous(), *k.unbind(0)[:-1]]) for i, k in zip(r.history, kept, strict=False)]  # type: ignore[union-attr]
     given = [(n + j, x, spec) for j, (x, spec) in enumerate(zip(xs, r.xs, strict=True)) if x is not None]
     streams: list[tuple[int, Sequence[Tensor]]] = [(slot, _steps_of(x, spec.reverse)) for slot, x, spec in given]
     streams += before

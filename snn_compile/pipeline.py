@@ -33,6 +33,7 @@ from snn_compile.passes.classify import OpInfo, classify
 from snn_compile.passes.decompose import decompose
 from snn_compile.passes.distribute import Group, distribute, find_groups
 from snn_compile.passes.functionalize import functionalize
+from snn_compile.passes.grow_states import grow_states
 from snn_compile.passes.hoist import find_invariant, hoist
 from snn_compile.passes.hoist_creations import hoist_creations
 from snn_compile.passes.reroll import reroll
@@ -269,6 +270,7 @@ def _lower(gm: fx.GraphModule, report: Report, dump: _Dump, config: Config) -> N
 
 def _lower_stepped(gm: fx.GraphModule, call: fx.Node, loop: Loop, report: Report, dump: _Dump) -> None:
     try:
+        grow_states(gm, call, loop, classify(loop, is_pointwise_op))
         carry_statistics(gm, call, loop)
         stepped = make_stepped(call, loop, torch.is_grad_enabled())
         target = targets.for_operands(call, stepped.location)

@@ -806,6 +806,24 @@ def lstm_written_out(x, w, u):
     return torch.stack(out)
 
 
+@case((5, 6), (6, 6), recurrences=0, stepped=1)
+def states_of_a_recurrent_layer_that_start_as_numbers(x, w):
+    v, s, out = torch.zeros(()), torch.zeros(5, 6), []
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t] + s @ w)
+        out.append(s)
+    return torch.stack(out)
+
+
+@case(recurrences=0, stepped=1, inputs=lambda T: [randn(T, 5, 6), torch.rand(6, 6), torch.rand(6, 5).t()])
+def recurrent_state_of_another_layout(x, w, v0):
+    v, s, out = v0, torch.zeros(5, 6), []
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t] + s @ w)
+        out.append(s)
+    return torch.stack(out)
+
+
 @case((5, 6), recurrences=0, stepped=1)
 def winner_takes_all(x):
     v, out = torch.zeros(5, 6), []
