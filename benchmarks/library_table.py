@@ -1,4 +1,6 @@
-"""Write `docs/library_backend.md`: what the backend makes of every module of the library: ``python benchmarks/library_table.py``.
+"""Write `docs/library_backend.md`: what the backend makes of every module of the library.
+
+    python benchmarks/library_table.py [--without-speed]
 
 Each row: the module called twice over a sequence (so that the second call goes on from the first one's states), and the time of
 a training step beside eager and Inductor, all in one run.
@@ -53,7 +55,7 @@ def times(case: Module) -> dict[str, float]:
     return {name: statistics.median(t) for name, t in h.interleaved(runs, ROUNDS).items()}
 
 
-def row(small: Module, large: Module, modes: str) -> dict[str, str]:
+def row(small: Module, large: Module, modes: str, speed: bool) -> dict[str, str]:
     found = {mode: outcome(small, mode, SMALL.steps) for mode in modes}
     compiled = []
     for mode, o in found.items():
@@ -61,39 +63,42 @@ def row(small: Module, large: Module, modes: str) -> dict[str, str]:
         kinds = {"kernel": len(first.recurrences), "program": len(first.stepped)}
         compiled.append(f"{mode}: " + (", ".join(f"{n} {kind}" for kind, n in kinds.items() if n) or "-"))
     forward = max(o.forward for o in found.values())
-    measured = times(large)
+    measured = times(large) if speed else {}
+    ratios = {f"vs {name}": f"{measured[name] / measured['snn']:.1f}" for name in ("eager", "inductor") if speed}
     return {
         "module": small.name,
         "compiled": "; ".join(compiled),
         "forward": "bit for bit" if forward == 0.0 else f"{forward:.0e}",
         "gradients": f"{max(o.gradients for o in found.values()):.0e}",
-        "vs eager": f"{measured['eager'] / measured['snn']:.1f}",
-        "vs Inductor": f"{measured['inductor'] / measured['snn']:.1f}",
+        **ratios,
         "note": NO_KERNEL.get(small.name, ""),
     }
 
 
 def main() -> None:
     logging.disable(logging.WARNING)
-    rows = []
+    speed = "--without-speed" not in sys.argv
     pairs = [(a, b, "sm") for a, b in zip(stateful(SMALL), stateful(LARGE), strict=True)]
     pairs += [(a, b, "m") for a, b in zip(multi_step(SMALL), multi_step(LARGE), strict=True)]
+    rows = []
     for small, large, modes in pairs:
-        if sys.argv[1:] and not any(a in small.name for a in sys.argv[1:]):
-            continue
-        rows.append(row(small, large, modes))
+        rows.append(row(small, large, modes, speed))
         print(h.markdown(rows[-1:], list(rows[-1])).splitlines()[-1], flush=True)
-    if sys.argv[1:]:
-        return
     machine = h.machine()
+    measured = (
+        f" Speed: a training step of [T={LARGE.steps}, {LARGE.batch}, {LARGE.channels}] (images: 2x2 more) in multi-step mode, "
+        f"median of {ROUNDS} interleaved runs."
+        if speed
+        else ""
+    )
     text = f"""# The library under `backend="snn"`
 
 Written by `python benchmarks/library_table.py`; each row is also a test (`tests/library/test_backend.py`). `s`: the module in
 single-step mode inside a user's loop; `m`: in multi-step mode. *Kernel*: a pointwise recurrence as one kernel over all steps;
-*program*: kernels and calls, once a step. Forward and gradients: the largest difference from eager, relative to the largest value
-of the tensor. Speed: a training step of [T={LARGE.steps}, {LARGE.batch}, {LARGE.channels}] (images: 2x2 more) in multi-step mode,
-median of {ROUNDS} interleaved runs. {machine["machine"]}, torch {machine["torch"]}, {machine["date"]}. The same recurrences
-compile for GPUs (`tests/lowering/triton`); no speed was measured there.
+*program*: kernels and calls, once a step (here from {SMALL.steps} steps on, `step_from={SMALL.steps}`). Forward and gradients:
+the largest difference from eager, relative to the largest value of the tensor, over two calls in a row.{measured}
+{machine["machine"]}, torch {machine["torch"]}, {machine["date"]}. The same recurrences compile for GPUs
+(`tests/lowering/triton`); nothing was measured there.
 
 {h.markdown(rows, list(rows[0]))}
 """
