@@ -59,12 +59,15 @@ def trace_stepped(
             return list(body(*args))
 
     step = _trace(forward, operands, supported)
-    name_nodes(step, [o.name for o in (*carries, *xs, *consts)])
+    names = [o.name for o in (*carries, *xs, *consts)]
+    name_nodes(step, names)
     _check(step, carries, operands)
     if any(needs_grad):
         differentiable = [c.differentiable for c in carries] + [y.differentiable for y in ys]
         function, cotangents = vector_jacobian(body, operands, needs_grad, differentiable)
         joint = _trace(function, [*operands, *cotangents], supported)
+        results = [(f"grad_next_{c.name}", c) for c in carries] + [(f"grad_{y.name}", y) for y in ys]  # type: ignore[list-item]
+        name_nodes(joint, names + [name for name, r in results if r.differentiable])
         _check_calls(joint)
     else:
         joint = None
