@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SCRIPT = """
+    import os
     import sys
 
     import torch
@@ -55,6 +56,8 @@ SCRIPT = """
     if world > 1:
         dist.barrier()  # neither leaves while the other still talks to it
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # gloo's threads may outlive the interpreter, and abort
 """
 
 
