@@ -47,8 +47,7 @@ def kernel_texts(recurrence: Recurrence, operands: Sequence[Tensor], steps: int)
     with torch.no_grad():
         results = run_forward(plain, recorder, meta, steps)
         if plain.backward is not None:
-            flags = [y.differentiable for y in plain.ys] + [c.differentiable for c in plain.finals]
-            cotangents = [r for r, d in zip(results, flags, strict=True) if d]
+            cotangents = [r for r, d in zip(results, plain.differentiable, strict=True) if d]
             run_backward(plain, recorder, meta, cotangents, steps)
     return recorder.texts
 

@@ -22,9 +22,10 @@ from snn_compile.lowering.registration import (
     canonical_text,
     define_once,
     define_op,
+    library,
     one_or_tuple,
+    signature_texts,
 )
-from snn_compile.lowering.registration import library as _library
 from snn_compile.lowering.stepped import (
     device_of,
     gradient_specs,
@@ -42,14 +43,9 @@ def register_stepped(r: SteppedRecurrence, target_for: TargetFor) -> torch._ops.
 
 
 def content_hash(r: SteppedRecurrence) -> str:
-    parts = [str(GENERATOR_VERSION)]
-    parts += [repr([(type(s).__name__, *(v for k, v in vars(s).items() if k != "name")) for s in items]) for items in _specs(r)]
+    parts = [str(GENERATOR_VERSION), *signature_texts(r)]
     parts += [canonical_text(g) + _shapes(g) for g in (r.step, r.step_backward) if g is not None]
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
-
-
-def _specs(r: SteppedRecurrence):  # type: ignore[no-untyped-def]
-    return r.carries, r.xs, r.consts, r.ys
 
 
 def _shapes(gm: fx.GraphModule) -> str:
@@ -74,9 +70,9 @@ def _define(name: str, r: SteppedRecurrence, target_for: TargetFor) -> None:
     )
     if r.backward is None:
         return
-    n_cts = len(r.differentiable_ys) + sum(c.differentiable for c in r.finals)
+    n_cts = sum(r.differentiable)
     n_saved = n_operands + n_kept
-    n_grads = sum(c.init_needs_grad for c in r.carries) + sum(x.needs_grad for x in r.xs) + sum(c.needs_grad for c in r.consts)
+    n_grads = sum(r.needs_grad)
     optional = ", ".join(f"Tensor? a{i}" for i in range(n_operands))
     kept = "".join(f", Tensor k{i}" for i in range(n_kept))
     cts = "".join(f", Tensor? g{i}" for i in range(n_cts))
@@ -95,8 +91,7 @@ def _define(name: str, r: SteppedRecurrence, target_for: TargetFor) -> None:
 
 
 def _register_autograd(name: str, r: SteppedRecurrence, n_results: int) -> None:
-    needs_grad = [c.init_needs_grad for c in r.carries] + [x.needs_grad for x in r.xs] + [c.needs_grad for c in r.consts]
-    differentiable = [y.differentiable for y in r.ys] + [c.differentiable for c in r.finals]
+    needs_grad, differentiable = r.needs_grad, r.differentiable
     backward_op = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward").default
 
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -116,4 +111,4 @@ def _register_autograd(name: str, r: SteppedRecurrence, n_results: int) -> None:
         rest = iter(gradients if isinstance(gradients, (tuple, list)) else (gradients,))
         return (*(next(rest) if needed else None for needed in needs_grad), None)
 
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=library)

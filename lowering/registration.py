@@ -17,7 +17,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor, fx
 
-from snn_compile.ir.recurrence import Recurrence
+from snn_compile.ir.recurrence import Recurrence, Signature
 from snn_compile.lowering.launch import Target, allocate_gradients, allocate_results, run_backward, run_forward
 
 NAMESPACE = "snn_compile"
@@ -35,15 +35,19 @@ _lock = threading.Lock()
 def content_hash(recurrence: Recurrence) -> str:
     """Hash of everything that decides what the op computes - not of names, places or shapes."""
 
-    def spec(item: object) -> str:
-        return repr([(f.name, getattr(item, f.name)) for f in fields(item) if f.name != "name"])  # type: ignore[arg-type]
-
-    parts = [str(GENERATOR_VERSION)]
-    for items in (recurrence.carries, recurrence.xs, recurrence.consts, recurrence.ys):
-        parts.append(";".join(spec(i) for i in items))
+    parts = [str(GENERATOR_VERSION), *signature_texts(recurrence)]
     parts.append(canonical_text(recurrence.step))
     parts.append(canonical_text(recurrence.backward) if recurrence.backward is not None else "")
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+
+
+def signature_texts(signature: Signature) -> list[str]:
+    """Everything of a signature but names."""
+
+    def spec(item: object) -> str:
+        return repr([(f.name, getattr(item, f.name)) for f in fields(item) if f.name != "name"])  # type: ignore[arg-type]
+
+    return [";".join(map(spec, items)) for items in (signature.carries, signature.xs, signature.consts, signature.ys)]
 
 
 def canonical_text(gm: fx.GraphModule) -> str:
@@ -96,7 +100,7 @@ def _define(name: str, recurrence: Recurrence, target_for: TargetFor) -> None:
     if recurrence.backward is None:
         return
     n_cts = len(recurrence.differentiable_ys) + sum(c.differentiable for c in recurrence.finals)
-    n_grads = sum(_needs_grad(recurrence))
+    n_grads = sum(recurrence.needs_grad)
     cts = "".join(f", Tensor? g{i}" for i in range(n_cts))
     define_op(
         f"{name}_backward",
@@ -118,18 +122,10 @@ def one_or_tuple(tensors: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
     return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
 
-def _needs_grad(recurrence: Recurrence) -> list[bool]:
-    return [
-        *(c.init_needs_grad for c in recurrence.carries),
-        *(x.needs_grad for x in recurrence.xs),
-        *(c.needs_grad for c in recurrence.consts),
-    ]
-
-
 def _register_autograd(name: str, recurrence: Recurrence) -> None:
-    needs_grad = _needs_grad(recurrence)
+    needs_grad = recurrence.needs_grad
     is_series = [len(recurrence.carries) <= i < len(recurrence.carries) + len(recurrence.xs) for i in range(len(needs_grad))]
-    differentiable = [y.differentiable for y in recurrence.ys] + [c.differentiable for c in recurrence.finals]
+    differentiable = recurrence.differentiable
     backward_op = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward").default
 
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]

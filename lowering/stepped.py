@@ -6,7 +6,7 @@ first step, whose states may lie in memory in another way, and in the second, fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -141,6 +141,29 @@ def _bind(
     return compiled.bind(wide, placement, 1)
 
 
+class Places:
+    """Where the series of a step go: a value is written into its first place, and copied into every other one.
+
+    What no step writes - an operand, a value of the prologue - is copied, too.
+    """
+
+    def __init__(self, wanted: Iterable[tuple[int, Sequence[Tensor]]], written: set[int]) -> None:
+        self.direct: dict[int, Sequence[Tensor]] = {}
+        self.copied: list[tuple[int, Sequence[Tensor]]] = []
+        for slot, views in wanted:
+            if slot in self.direct or slot not in written:
+                self.copied.append((slot, views))
+            else:
+                self.direct[slot] = views
+
+    def now(self, t: int) -> dict[int, Tensor]:
+        return {slot: views[t] for slot, views in self.direct.items()}
+
+    def copy(self, values: list, t: int) -> None:  # type: ignore[type-arg]
+        for slot, views in self.copied:
+            views[t].copy_(values[slot])
+
+
 # ------------------------------------------------------------------------------------------------------------- forward
 
 
@@ -172,25 +195,18 @@ def run_stepped(r: SteppedRecurrence, target: Target, operands: Sequence[Tensor]
     wanted = [*out[n : n + m], *(out[i] for i in own), *out[n + m :]]
     kept = [torch.empty((steps, *shape), dtype=dtype, device=device) for shape, dtype in shapes]
     reverse = [y.reverse for y in r.ys] + [False] * (len(kept) - m)
-    views = [k.unbind(0)[::-1] if back else k.unbind(0) for k, back in zip(kept, reverse, strict=True)]
+    views = [_steps_of(k, back) for k, back in zip(kept, reverse, strict=True)]
     values = runner.values()
     values[n + len(xs) : n + len(xs) + len(consts)] = consts
     runner.prepare(values)
-    series = _per_step(xs, r)
+    series = [_steps_of(x, spec.reverse) for x, spec in zip(xs, r.xs, strict=True)]
+    places = Places(zip(wanted, views, strict=True), runner.written)
     carries = list(inits)
     for t in range(steps):
         values[:n] = carries
         values[n : n + len(series)] = [s[t] for s in series]
-        now: dict[int, Tensor] = {}
-        twice = []
-        for slot, view in zip(wanted, views, strict=True):
-            if slot in now or slot not in runner.written:  # one value in two series, or one that no step writes
-                twice.append((slot, view[t]))
-            else:
-                now[slot] = view[t]
-        runner.step(values, now, t == 0)
-        for slot, place_ in twice:
-            place_.copy_(values[slot])
+        runner.step(values, places.now(t), t == 0)
+        places.copy(values, t)
         carries = [values[o] for o in out[:n]]
     ys = [k if y.time_dim == 0 else k.movedim(0, y.time_dim).contiguous() for k, y in zip(kept, r.ys, strict=False)]
     finals = [c.clone() for c, spec in zip(carries, r.carries, strict=True) if spec.is_result]
@@ -201,10 +217,6 @@ def kept_for_backward(r: SteppedRecurrence, results: Sequence[Tensor]) -> list[T
     """``ys, finals, history, residuals -> history, residuals``, with those that are outputs in their place."""
     rest = iter(results[len(r.ys) + len(r.finals) :])
     return [*(next(rest) if y is None else results[y] for y in r.shared), *rest]
-
-
-def _per_step(xs: Sequence[Tensor], r: SteppedRecurrence) -> list[Sequence[Tensor]]:
-    return [_steps_of(x, spec.reverse) for x, spec in zip(xs, r.xs, strict=True)]
 
 
 def _steps_of(x: Tensor, reverse: bool) -> Sequence[Tensor]:
@@ -270,15 +282,16 @@ def run_stepped_backward(
     n_ct = len(ct_carries)
     streams += [(first_ct + n_ct + j, s) for j, s in enumerate(ct_ys)]
     outputs = program.outputs
-    sink = _Gradients(r, operands, steps, outputs, n_ct, dict(streams), runner.written)
-    sink.before = {i: (inits[i], k) for i, k in zip(r.history, kept, strict=False)}
-    sink.open_series()
+    history = {i: (inits[i], k) for i, k in zip(r.history, kept, strict=False)}
+    sink = _Gradients(r, operands, steps, outputs[n_ct:], dict(streams), history, runner.written)
     for t in reversed(range(steps)):
         for slot, stream in streams:
             values[slot] = stream[t]
         values[first_ct : first_ct + n_ct] = ct_carries
-        runner.step(values, sink.now(t), t == steps - 1)
-        ct_carries = [_zero_like(ct) if o is None else values[o] for o, ct in zip(outputs, ct_carries, strict=False)]
+        runner.step(values, sink.places.now(t), t == steps - 1)
+        ct_carries = [
+            _zero(ct.shape, ct.dtype, ct.device) if o is None else values[o] for o, ct in zip(outputs, ct_carries, strict=False)
+        ]
         sink.take(values, t)
     wanted = [ct for ct, c in zip(ct_carries, r.differentiable_carries, strict=True) if c.init_needs_grad]
     return [*(g.clone() for g in wanted), *sink.results()]
@@ -290,76 +303,47 @@ def _cotangents(r: SteppedRecurrence, device: torch.device, cotangents: Sequence
     n_ys = len(r.differentiable_ys)
     finals = iter(cotangents[n_ys:])
 
-    def zero(spec: tuple[tuple[int, ...], torch.dtype]) -> Tensor:
-        return torch.zeros((), dtype=spec[1], device=device).expand(spec[0])
-
     carries = []
     for spec, c in zip(r.results, r.carries, strict=False):
         if c.differentiable:
             ct = next(finals) if c.is_result else None
-            carries.append(zero(spec) if ct is None else ct)
+            carries.append(_zero(*spec, device) if ct is None else ct)
     series = []
     outputs = [(spec, y) for spec, y in zip(r.results[n : n + len(r.ys)], r.ys, strict=True) if y.differentiable]
     for (spec, y), ct in zip(outputs, cotangents, strict=False):
-        steps_of = [zero(spec)] * steps if ct is None else ct.movedim(y.time_dim, 0).unbind(0)
+        steps_of = [_zero(*spec, device)] * steps if ct is None else ct.movedim(y.time_dim, 0).unbind(0)
         series.append(steps_of[::-1] if y.reverse else steps_of)
     return carries, series
 
 
-def _zero_like(value: Tensor) -> Tensor:
-    return torch.zeros((), dtype=value.dtype, device=value.device).expand(value.shape)
+def _zero(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=dtype, device=device).expand(shape)
 
 
 class _Gradients:
     """Collects the gradients of inputs (one a step) and of invariant operands (summed over the steps)."""
 
-    def __init__(self, r, operands, steps, outputs, n_ct, streams, written) -> None:  # type: ignore[no-untyped-def]
-        self.r, self.steps, self.written = r, steps, written
+    def __init__(self, r, operands, steps, outputs, streams, history, written) -> None:  # type: ignore[no-untyped-def]
+        """`streams`: slots of the backward program that are fed step by step; `history`: of those, the states."""
+        self.r, self.steps, self.streams, self.history = r, steps, streams, history
         _, xs, self.consts = r.split(operands)
-        self.device = device_of(operands)
         wanted = [(x, spec) for x, spec in zip(xs, r.xs, strict=True) if spec.needs_grad]
-        self.wanted_xs = [spec for _, spec in wanted]
-        self.slots = outputs[n_ct : n_ct + len(wanted)]
-        self.whole = [torch.empty(x.shape, dtype=x.dtype, device=self.device) for x, _ in wanted]
-        self.views = [g.unbind(0)[::-1] if spec.reverse else g.unbind(0) for g, (_, spec) in zip(self.whole, wanted, strict=True)]
+        slots = outputs[: len(wanted)]
+        new = torch.zeros if None in slots else torch.empty  # (no gradient of a step: zero)
+        device = device_of(operands)
+        self.whole = [new(x.shape, dtype=x.dtype, device=device) for x, _ in wanted]
+        # what is multiplied or summed over all steps at the end; the gradient of an input may be just that
+        given = zip(slots, self.whole, wanted, strict=True)
+        self.series: dict[int, Tensor] = {slot: g for slot, g, (_, spec) in given if slot is not None and not spec.reverse}
+        rest = [slot for slot in r.rows if slot not in self.series and slot not in streams]
+        made = {slot: torch.empty((steps, *r.rows[slot][0]), dtype=r.rows[slot][1], device=device) for slot in rest}
+        self.series |= made
+        places = [(s, _steps_of(g, x.reverse)) for s, g, (_, x) in zip(slots, self.whole, wanted, strict=True) if s is not None]
+        self.places = Places([*places, *((slot, g.unbind(0)) for slot, g in made.items())], written)
         self.sums: dict[int, Tensor] = {}
-        self.streams = streams  # slots of the backward program that are fed step by step
-        self.before: dict[int, tuple[Tensor, Tensor]] = {}
-        self.series: dict[int, Tensor] = {}
-        self.series_views: list[tuple[int, Sequence[Tensor]]] = []
-
-    def open_series(self) -> None:
-        """Room for what is multiplied or summed over all steps at the end; the gradient of an input may be just that."""
-        in_order = [(s, g) for s, g, x in zip(self.slots, self.whole, self.wanted_xs, strict=True) if not x.reverse]
-        for way in self.r.reduced:
-            for slot in () if way is None or way.kind == "sum" else (way.a, way.b):
-                if slot >= 0 and slot in dict(in_order):
-                    self.series[slot] = dict(in_order)[slot]
-                elif slot >= 0 and slot not in self.streams and slot not in self.series:
-                    shape, dtype = self.r.rows[slot]
-                    self.series[slot] = torch.empty((self.steps, *shape), dtype=dtype, device=self.device)
-                    self.series_views.append((slot, self.series[slot].unbind(0)))
-
-    def now(self, t: int) -> dict[int, Tensor]:
-        found: dict[int, Tensor] = {}
-        self.twice = []
-        for slot, view in zip(self.slots, self.views, strict=True):
-            if slot is None:
-                view[t].zero_()
-            elif slot in found or slot not in self.written:
-                self.twice.append((slot, view[t]))
-            else:
-                found[slot] = view[t]
-        for slot, views in self.series_views:
-            if slot in found or slot not in self.written:
-                self.twice.append((slot, views[t]))
-            else:
-                found[slot] = views[t]
-        return found
 
     def take(self, values: list, t: int) -> None:  # type: ignore[type-arg]
-        for slot, view in self.twice:
-            view.copy_(values[slot])
+        self.places.copy(values, t)
         for i, way in enumerate(self.r.reduced):
             if way is not None and way.kind == "sum":
                 value = values[way.a]
@@ -376,8 +360,8 @@ class _Gradients:
             return self.sums[i]
         if way.kind == "rows":
             return self._rows(way.a).sum(0).view(operand.shape)
-        if way.b in self.before and way.a in self.series:  # states before each step: the initial one, and those after it
-            init, after = self.before[way.b]
+        if way.b in self.history and way.a in self.series:  # states before each step: the initial one, and those after it
+            init, after = self.history[way.b]
             a = self.series[way.a]
             first = torch.mm(a[0].t(), init)
             return first if self.steps == 1 else first.addmm_(a[1:].flatten(0, 1).t(), after[:-1].flatten(0, 1))

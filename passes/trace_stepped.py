@@ -214,7 +214,8 @@ class _Builder:
         stepped.backward = split_step(joint, [*carried, *series, *extra], invariant, self.supported)
         slots = {n: stepped.backward.outputs[len(carried) + len(series) + i] for i, n in enumerate(extra)}
         stepped.reduced = tuple(None if w is None else Reduced(w[0], *(slots[n] for n in w[1:])) for w in ways)  # type: ignore[misc]
-        stepped.rows = {slots[n]: (tuple(n.meta["val"].shape), n.meta["val"].dtype) for n in extra}  # type: ignore[misc]
+        at_end = dict.fromkeys(n for w in ways if w is not None and w[0] != "sum" for n in w[1:])
+        stepped.rows = {slots[n]: (tuple(n.meta["val"].shape), n.meta["val"].dtype) for n in at_end}  # type: ignore[misc]
         read = [bool(i.users) or i in extra or needs for i, needs in zip(inputs, self.needs_grad, strict=False)]
         stepped.reads = tuple(read)
         stepped.history = tuple(i for i in range(n_carries) if inputs[i].users or inputs[i] in extra)

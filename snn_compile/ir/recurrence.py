@@ -69,8 +69,45 @@ class Output:
     reverse: bool = False
 
 
+class Signature:
+    """What follows from ``carries, xs, consts, ys`` alone; operands come as ``inits, xs, consts``, results as ``ys, finals``."""
+
+    carries: tuple[Carry, ...]
+    xs: tuple[TimeSeries, ...]
+    consts: tuple[Const, ...]
+    ys: tuple[Output, ...]
+
+    @property
+    def finals(self) -> tuple[Carry, ...]:
+        return tuple(c for c in self.carries if c.is_result)
+
+    @property
+    def differentiable_carries(self) -> tuple[Carry, ...]:
+        return tuple(c for c in self.carries if c.differentiable)
+
+    @property
+    def differentiable_ys(self) -> tuple[Output, ...]:
+        return tuple(y for y in self.ys if y.differentiable)
+
+    @property
+    def needs_grad(self) -> list[bool]:
+        """For each operand, whether it wants a gradient."""
+        inits = [c.init_needs_grad for c in self.carries]
+        return inits + [x.needs_grad for x in self.xs] + [c.needs_grad for c in self.consts]
+
+    @property
+    def differentiable(self) -> list[bool]:
+        """For each result, whether a cotangent reaches it."""
+        return [y.differentiable for y in self.ys] + [c.differentiable for c in self.finals]
+
+    def split(self, operands: Sequence) -> tuple[Sequence, Sequence, Sequence]:  # type: ignore[type-arg]
+        """``operands -> inits, xs, consts``"""
+        n, m = len(self.carries), len(self.xs)
+        return operands[:n], operands[n : n + m], operands[n + m :]
+
+
 @dataclass
-class Recurrence:
+class Recurrence(Signature):
     """See the module's docstring.
 
     `step` and `backward` are graphs of functional ATen pointwise ops; ``meta["val"]`` of each node carries dtype and shape
@@ -101,18 +138,6 @@ class Recurrence:
     #: prepared calls by target, direction, T, sizes and strides (`lowering.launch.Launch`)
     launches: dict = field(default_factory=dict, repr=False, compare=False)
 
-    @property
-    def finals(self) -> tuple[Carry, ...]:
-        return tuple(c for c in self.carries if c.is_result)
-
-    @property
-    def differentiable_carries(self) -> tuple[Carry, ...]:
-        return tuple(c for c in self.carries if c.differentiable)
-
-    @property
-    def differentiable_ys(self) -> tuple[Output, ...]:
-        return tuple(y for y in self.ys if y.differentiable)
-
     def shape(self, operands: Sequence[torch.Tensor]) -> torch.Size:
         """``S``: the broadcast of the initial values, of one step's inputs and of the constants."""
         first, last = len(self.carries), len(self.carries) + len(self.xs)
@@ -125,9 +150,8 @@ class Recurrence:
     def __call__(self, *operands: torch.Tensor, steps: int) -> tuple[torch.Tensor, ...]:
         """The meaning of the recurrence: run it step by step with eager ATen (not differentiable)."""
         shape = self.shape(operands)
-        n_carries, n_xs, n_consts = len(self.carries), len(self.xs), len(self.consts)
-        inits, xs, consts = operands[:n_carries], operands[n_carries : n_carries + n_xs], operands[n_carries + n_xs :]
-        assert len(consts) == n_consts
+        n_carries = len(self.carries)
+        inits, xs, consts = self.split(operands)
         carries = [i.expand(shape) for i in inits]
         wide = [c if spec.is_scalar else c.expand(shape) for c, spec in zip(consts, self.consts, strict=True)]
         collected: list[list[torch.Tensor]] = [[] for _ in self.ys]

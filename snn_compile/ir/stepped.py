@@ -13,13 +13,13 @@ once, before the loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
-from snn_compile.ir.recurrence import Carry, Const, Output, Recurrence, TimeSeries
+from snn_compile.ir.recurrence import Carry, Const, Output, Recurrence, Signature, TimeSeries
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Reduced:
 
 
 @dataclass
-class SteppedRecurrence:
+class SteppedRecurrence(Signature):
     """See the module's docstring. Operands are passed in the order ``inits, xs, consts``, results come as ``ys, finals``.
 
     ``forward(*carries, *xs, *consts) -> (*next_carries, *ys, *residuals)``
@@ -112,27 +112,6 @@ class SteppedRecurrence:
         stored = [(slot, i) for i, slot in enumerate(self.forward.outputs[n : n + len(self.ys)])]
         plain = {slot: i for slot, i in stored if self.ys[i].time_dim == 0 and not self.ys[i].reverse}
         return tuple(plain.get(self.forward.outputs[i]) for i in self.history)
-
-    @property
-    def finals(self) -> tuple[Carry, ...]:
-        return tuple(c for c in self.carries if c.is_result)
-
-    @property
-    def differentiable_carries(self) -> tuple[Carry, ...]:
-        return tuple(c for c in self.carries if c.differentiable)
-
-    @property
-    def differentiable_ys(self) -> tuple[Output, ...]:
-        return tuple(y for y in self.ys if y.differentiable)
-
-    def split(self, operands: Sequence) -> tuple[Sequence, Sequence, Sequence]:  # type: ignore[type-arg]
-        """``operands -> inits, xs, consts``"""
-        n, m = len(self.carries), len(self.xs)
-        return operands[:n], operands[n : n + m], operands[n + m :]
-
-    def describe(self) -> list[str]:
-        """A line a unit of the forward program."""
-        return [describe(u) for u in self.forward.units]
 
 
 def describe(unit: Region | Call) -> str:
