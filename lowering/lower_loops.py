@@ -28,28 +28,12 @@ def make_recurrence(call: fx.Node, loop: Loop, grad_enabled: bool) -> Recurrence
     """Trace and differentiate the loop's body; raises `Reject` where it cannot be a kernel."""
     _check_dtypes(call, loop)
     _inline_constants(call, loop)
-    inits, xs, consts = loop.split(call.args)
-
-    def needs_grad(node: object) -> bool:
-        value = example(node)
-        return grad_enabled and isinstance(value, torch.Tensor) and value.requires_grad
-
     shape = _lanes(call, loop)
-    carries = [
-        Carry(c.name, c.example.dtype, init_needs_grad=needs_grad(i), is_result=c.is_result)
-        for c, i in zip(loop.carries, inits, strict=True)
-    ]
-    series = [TimeSeries(x.name, x.example.dtype, needs_grad(o), x.reverse) for x, o in zip(loop.xs, xs, strict=True)]
-    constants = [_const(c.name, example(o), needs_grad(o)) for c, o in zip(loop.consts, consts, strict=True)]
-    ys = [Output(y.name, y.example.dtype, y.dim, reverse=y.reverse) for y in loop.ys]
     _check_promotion(loop, shape)
     recurrence = trace_step(
         _runner(loop),
         name=loop.name,
-        carries=carries,
-        xs=series,
-        consts=constants,
-        ys=ys,
+        **_signature(call, loop, grad_enabled),
         shape=shape,
         device=_device(call, loop),
         supported=ops.is_supported,
@@ -65,28 +49,31 @@ def make_stepped(call: fx.Node, loop: Loop, grad_enabled: bool) -> SteppedRecurr
     """Trace and differentiate the loop's body as a program of kernels and calls; raises `Reject` where that cannot be."""
     _check_dtypes(call, loop)
     examples = [_of_one_step(a, i, loop) for i, a in enumerate(call.args)]
-    _device(call, loop)
-    inits, xs, consts = loop.split(list(zip(call.args, examples, strict=True)))
+    device = _device(call, loop)
+    signature = _signature(call, loop, grad_enabled)
+    stepped = trace_stepped(_runner(loop), examples, name=loop.name, **signature, supported=ops.is_supported)
+    stepped.meta["device"] = device
+    stepped.location = loop.location
+    return stepped
 
-    def needs_grad(operand: tuple[object, torch.Tensor]) -> bool:
-        value = example(operand[0])
+
+def _signature(call: fx.Node, loop: Loop, grad_enabled: bool) -> dict[str, Any]:
+    """``carries, xs, consts, ys`` of the recurrence that the loop is."""
+    inits, xs, consts = loop.split(call.args)
+
+    def needs_grad(node: object) -> bool:
+        value = example(node)
         return grad_enabled and isinstance(value, torch.Tensor) and value.requires_grad
 
-    stepped = trace_stepped(
-        _runner(loop),
-        examples,
-        name=loop.name,
-        carries=[
+    return {
+        "carries": [
             Carry(c.name, c.example.dtype, init_needs_grad=needs_grad(i), is_result=c.is_result)
             for c, i in zip(loop.carries, inits, strict=True)
         ],
-        xs=[TimeSeries(x.name, x.example.dtype, needs_grad(o), x.reverse) for x, o in zip(loop.xs, xs, strict=True)],
-        consts=[_const(c.name, o[1], needs_grad(o)) for c, o in zip(loop.consts, consts, strict=True)],
-        ys=[Output(y.name, y.example.dtype, y.dim, reverse=y.reverse) for y in loop.ys],
-        supported=ops.is_supported,
-    )
-    stepped.location = loop.location
-    return stepped
+        "xs": [TimeSeries(x.name, x.example.dtype, needs_grad(o), x.reverse) for x, o in zip(loop.xs, xs, strict=True)],
+        "consts": [_const(c.name, example(o), needs_grad(o)) for c, o in zip(loop.consts, consts, strict=True)],
+        "ys": [Output(y.name, y.example.dtype, y.dim, reverse=y.reverse) for y in loop.ys],
+    }
 
 
 def _of_one_step(operand: object, i: int, loop: Loop) -> torch.Tensor:

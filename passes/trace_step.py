@@ -147,15 +147,7 @@ def _trace_backward(body, operands, needs_grad, recurrence, supported, shape):  
 
 def _trace(function, operands, names, supported, shape) -> fx.GraphModule:  # type: ignore[no-untyped-def]
     """Trace; ops no target knows are decomposed in a second trace."""
-    decompositions: dict[object, Callable] = {}  # type: ignore[type-arg]
-    while True:
-        gm = make_graph(function, operands, decompositions)
-        unknown = {n.target for n in gm.graph.nodes if n.op == "call_function" and not supported(n)} - SUMS
-        # what a decomposition brings in may itself need one
-        more = {op: core_decompositions()[op] for op in unknown if op in core_decompositions()}
-        if not more.keys() - decompositions.keys():
-            break
-        decompositions |= more
+    gm = decomposed_graph(function, operands, supported, lambda op: op not in SUMS)
     split_sums(gm, shape)
     for node in gm.graph.nodes:
         if node.op == "call_function" and not supported(node):
@@ -163,6 +155,22 @@ def _trace(function, operands, names, supported, shape) -> fx.GraphModule:  # ty
     check_pointwise(gm, shape)
     name_nodes(gm, names)
     return gm
+
+
+def decomposed_graph(  # type: ignore[no-untyped-def]
+    function, operands, supported: Supported, may_decompose: Callable[[object], bool]
+) -> fx.GraphModule:
+    """Trace, and trace again with decompositions for the ops that no target knows and `may_decompose` allows."""
+    decompositions: dict[object, Callable] = {}  # type: ignore[type-arg]
+    known = core_decompositions()
+    while True:
+        gm = make_graph(function, operands, decompositions)
+        unknown = {n.target for n in gm.graph.nodes if n.op == "call_function" and not supported(n)}
+        # what a decomposition brings in may itself need one
+        more = {op: known[op] for op in unknown if op in known and may_decompose(op)}
+        if not more.keys() - decompositions.keys():
+            return gm
+        decompositions |= more
 
 
 @functools.cache

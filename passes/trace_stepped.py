@@ -24,7 +24,7 @@ from snn_compile.ir.recurrence import Carry, Const, Output, TimeSeries
 from snn_compile.ir.stepped import Reduced, SteppedRecurrence
 from snn_compile.ir.values import is_getitem
 from snn_compile.passes.split_step import Supported, is_number, is_pointwise, split_step
-from snn_compile.passes.trace_step import core_decompositions, find_differentiable, make_graph, name_nodes, vector_jacobian
+from snn_compile.passes.trace_step import decomposed_graph, find_differentiable, name_nodes, vector_jacobian
 
 aten = torch.ops.aten
 
@@ -77,15 +77,7 @@ def trace_stepped(
 
 def _trace(function: Callable[..., object], operands: Sequence[torch.Tensor], supported: Supported) -> fx.GraphModule:
     """Trace; pointwise ops that no target knows are decomposed in a second trace, all others are calls."""
-    decompositions: dict[object, Callable[..., object]] = {}
-    while True:
-        gm = make_graph(function, operands, decompositions)
-        unknown = {n.target for n in gm.graph.nodes if n.op == "call_function" and not supported(n)}
-        known = core_decompositions()
-        more = {op: known[op] for op in unknown if torch.Tag.pointwise in getattr(op, "tags", ()) and op in known}
-        if not more.keys() - decompositions.keys():
-            return gm
-        decompositions |= more
+    return decomposed_graph(function, operands, supported, lambda op: torch.Tag.pointwise in getattr(op, "tags", ()))
 
 
 def _check(step: fx.GraphModule, carries: Sequence[Carry], operands: Sequence[torch.Tensor]) -> None:

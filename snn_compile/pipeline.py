@@ -277,8 +277,7 @@ def _lower_stepped(gm: fx.GraphModule, call: fx.Node, loop: Loop, report: Report
     except Reject as r:
         report.rejections.append(replace(r.rejection, location=r.rejection.location or loop.location))
         return
-    device = next(v.device for v in map(example, call.args) if isinstance(v, torch.Tensor))
-    stepped.meta |= {"steps": loop.length, "target": target.name, "device": device}
+    stepped.meta |= {"steps": loop.length, "target": target.name}
     dump.stepped(stepped)
     lower_loop(gm, call, loop, register_stepped(stepped, targets.for_device), stepped.backward is not None)
     report.stepped.append(stepped)
