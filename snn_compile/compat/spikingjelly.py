@@ -33,48 +33,61 @@ def reset(h: Tensor, s: Tensor, threshold: float, v_reset: float | None, detach:
     return h - s * threshold if v_reset is None else s * v_reset + (1.0 - s) * h
 
 
-@register_decomposition("sj_if::forward")
-def integrate_and_fire(x, v, threshold, v_reset, detach, alpha, store_v_seq=True, surrogate_id=0):  # type: ignore[no-untyped-def]
-    """h = v + x"""
+def over_time(x, v, charge, threshold, v_reset, detach, alpha, surrogate_id):  # type: ignore[no-untyped-def]
+    """Charge, fire, reset at every step -> spikes ``[T, ...]``, the potentials as a list, charged potentials ``[T, ...]``."""
     spikes, potentials, charged = [], [], []
     for t in range(x.shape[0]):
-        h = v + x[t]
+        h = charge(v, x[t])
         s = SPIKES[surrogate_id](h - threshold, alpha)
         v = reset(h, s, threshold, v_reset, detach)
         spikes.append(s.to(x.dtype))
         potentials.append(v)
         charged.append(h)
-    return torch.stack(spikes), torch.stack(potentials) if store_v_seq else v, torch.stack(charged)
+    return torch.stack(spikes), potentials, torch.stack(charged)
+
+
+def stored(potentials: list[Tensor], store_v_seq: bool) -> Tensor:
+    return torch.stack(potentials) if store_v_seq else potentials[-1]
+
+
+def before(v: Tensor, potentials: list[Tensor]) -> Tensor:
+    """The potential that each step starts from."""
+    return torch.stack([v, *potentials[:-1]])
+
+
+@register_decomposition("sj_if::forward")
+def integrate_and_fire(x, v, threshold, v_reset, detach, alpha, store_v_seq=True, surrogate_id=0):  # type: ignore[no-untyped-def]
+    """h = v + x"""
+
+    def charge(v, x):  # type: ignore[no-untyped-def]
+        return v + x
+
+    spikes, potentials, charged = over_time(x, v, charge, threshold, v_reset, detach, alpha, surrogate_id)
+    return spikes, stored(potentials, store_v_seq), charged
 
 
 @register_decomposition("sj_lif::forward")
 def leaky(x, v, tau, decay_input, threshold, v_reset, detach, alpha, store_v_seq=True, surrogate_id=0):  # type: ignore[no-untyped-def]
     """h = v + (x - (v - v_reset))/tau, or h = v - (v - v_reset)/tau + x without `decay_input`"""
     rest = 0.0 if v_reset is None else v_reset
-    spikes, potentials, charged = [], [], []
-    for t in range(x.shape[0]):
-        h = v + (x[t] - (v - rest)) / tau if decay_input else v - (v - rest) / tau + x[t]
-        s = SPIKES[surrogate_id](h - threshold, alpha)
-        v = reset(h, s, threshold, v_reset, detach)
-        spikes.append(s.to(x.dtype))
-        potentials.append(v)
-        charged.append(h)
-    return torch.stack(spikes), torch.stack(potentials) if store_v_seq else v, torch.stack(charged)
+
+    def charge(v, x):  # type: ignore[no-untyped-def]
+        return v + (x - (v - rest)) / tau if decay_input else v - (v - rest) / tau + x
+
+    spikes, potentials, charged = over_time(x, v, charge, threshold, v_reset, detach, alpha, surrogate_id)
+    return spikes, stored(potentials, store_v_seq), charged
 
 
 @register_decomposition("sj_plif::forward")
 def parametric_leaky(x, v, w, decay_input, threshold, v_reset, detach, alpha, store_v_seq=True, surrogate_id=0):  # type: ignore[no-untyped-def]
     """As `leaky` with 1/tau = sigmoid(w)"""
     rest, q = 0.0 if v_reset is None else v_reset, w.float().sigmoid()
-    spikes, potentials, charged = [], [], []
-    for t in range(x.shape[0]):
-        h = v + (x[t].float() - (v - rest)) * q if decay_input else v - (v - rest) * q + x[t].float()
-        s = SPIKES[surrogate_id](h - threshold, alpha)
-        v = reset(h, s, threshold, v_reset, detach)
-        spikes.append(s.to(x.dtype))
-        potentials.append(v)
-        charged.append(h)
-    return torch.stack(spikes), torch.stack(potentials) if store_v_seq else v, torch.stack(charged)
+
+    def charge(v, x):  # type: ignore[no-untyped-def]
+        return v + (x.float() - (v - rest)) * q if decay_input else v - (v - rest) * q + x.float()
+
+    spikes, potentials, charged = over_time(x, v, charge, threshold, v_reset, detach, alpha, surrogate_id)
+    return spikes, stored(potentials, store_v_seq), charged
 
 
 @register_decomposition("sj_ilif::forward")
@@ -97,33 +110,23 @@ def integer_leaky(x, v, tau, count, lower, upper, threshold, detach, store_v_seq
 @register_decomposition("sj_qif::forward")
 def quadratic(x, v, tau, rest, critical, a0, threshold, v_reset, detach, alpha, store_v_seq=True, surrogate_id=0):  # type: ignore[no-untyped-def]
     """h = v + (x + a0*(v - rest)*(v - critical))/tau"""
-    spikes, potentials, charged, previous = [], [], [], []
-    for t in range(x.shape[0]):
-        previous.append(v)
-        h = v + (x[t].float() + a0 * (v - rest) * (v - critical)) / tau
-        s = SPIKES[surrogate_id](h - threshold, alpha)
-        v = reset(h, s, threshold, v_reset, detach)
-        spikes.append(s.to(x.dtype))
-        potentials.append(v)
-        charged.append(h)
-    last = torch.stack(potentials) if store_v_seq else v
-    return torch.stack(spikes), last, torch.stack(charged), torch.stack(previous)
+
+    def charge(v, x):  # type: ignore[no-untyped-def]
+        return v + (x.float() + a0 * (v - rest) * (v - critical)) / tau
+
+    spikes, potentials, charged = over_time(x, v, charge, threshold, v_reset, detach, alpha, surrogate_id)
+    return spikes, stored(potentials, store_v_seq), charged, before(v, potentials)
 
 
 @register_decomposition("sj_eif::forward")
 def exponential(x, v, tau, rest, theta, delta, threshold, v_reset, detach, alpha, store_v_seq=True, surrogate_id=0):  # type: ignore[no-untyped-def]
     """h = v + (x + rest - v + delta*exp((v - theta)/delta))/tau"""
-    spikes, potentials, charged, previous = [], [], [], []
-    for t in range(x.shape[0]):
-        previous.append(v)
-        h = v + (x[t].float() + rest - v + delta * torch.exp((v - theta) / delta)) / tau
-        s = SPIKES[surrogate_id](h - threshold, alpha)
-        v = reset(h, s, threshold, v_reset, detach)
-        spikes.append(s.to(x.dtype))
-        potentials.append(v)
-        charged.append(h)
-    last = torch.stack(potentials) if store_v_seq else v
-    return torch.stack(spikes), last, torch.stack(charged), torch.stack(previous)
+
+    def charge(v, x):  # type: ignore[no-untyped-def]
+        return v + (x.float() + rest - v + delta * torch.exp((v - theta) / delta)) / tau
+
+    spikes, potentials, charged = over_time(x, v, charge, threshold, v_reset, detach, alpha, surrogate_id)
+    return spikes, stored(potentials, store_v_seq), charged, before(v, potentials)
 
 
 @register_decomposition("sj_izhikevich::forward")
