@@ -35,7 +35,7 @@ the spread of the trace):
     columns = ["first_call_s", "step_ms", "speed_vs_eager"]
     text += f"""
 Whole networks, a training step (`benchmarks/networks.py`), and recurrences that are more than pointwise (`benchmarks/stepped.py`;
-Inductor is left out where its compilation takes very long):
+Inductor is left out where its compilation takes very long; snn runs all of these as programs, `step_from=4`):
 
 {markdown(read("networks_cpu"), ["network", "framework", *columns])}
 
