@@ -72,18 +72,23 @@ def _layout_source(recurrence: Recurrence, operands: Sequence[Tensor], shape: to
     return operands[0].new_empty(shape)
 
 
+def _stack_like(tensor: Tensor, steps: int, dim: int, dtype: torch.dtype) -> Tensor:
+    """``torch.stack([tensor]*steps, dim)`` without values: contiguous, or channels-last where `tensor` is that."""
+    d = dim % (tensor.dim() + 1)
+    size = (*tensor.shape[:d], steps, *tensor.shape[d:])
+    memory_format = torch._prims_common.suggest_memory_format(tensor)
+    if d == tensor.dim() or memory_format == torch.contiguous_format:
+        return torch.empty(size, dtype=dtype, device=tensor.device)
+    joined = (*tensor.shape[:d], steps * tensor.shape[d], *tensor.shape[d + 1 :])  # eager concatenates, then views
+    return torch.empty(joined, dtype=dtype, device=tensor.device, memory_format=memory_format).view(size)
+
+
 def allocate_results(recurrence: Recurrence, operands: Sequence[Tensor], steps: int) -> list[Tensor]:
-    """``ys`` contiguous, with time at their own dim (as `torch.stack` gives them); ``finals`` in the operands' layout."""
+    """``ys`` with time at their own dim, as `torch.stack` gives them; ``finals`` in the operands' layout."""
     shape = recurrence.shape(operands)
-    device = operands[0].device
-    results = []
-    for y in recurrence.ys:
-        d = y.time_dim % (len(shape) + 1)
-        results.append(torch.empty((*shape[:d], steps, *shape[d:]), dtype=y.dtype, device=device))
-    if recurrence.finals:
-        like = _layout_source(recurrence, operands, shape)
-        results += [_dense_like(like, shape, c.dtype) for c in recurrence.finals]
-    return results
+    like = _dense_like(_layout_source(recurrence, operands, shape), shape, operands[0].dtype)
+    results = [_stack_like(like, steps, y.time_dim, y.dtype) for y in recurrence.ys]
+    return results + [_dense_like(like, shape, c.dtype) for c in recurrence.finals]
 
 
 def allocate_gradients(recurrence: Recurrence, operands: Sequence[Tensor], steps: int) -> list[Tensor]:

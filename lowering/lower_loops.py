@@ -28,6 +28,7 @@ def make_recurrence(call: fx.Node, loop: Loop, grad_enabled: bool) -> Recurrence
     """Trace and differentiate the loop's body; raises `Reject` where it cannot be a kernel."""
     _check_dtypes(call, loop)
     _inline_constants(call, loop)
+    _drop_reshapes(loop)
     shape = _lanes(call, loop)
     _check_promotion(loop, shape)
     recurrence = trace_step(
@@ -151,6 +152,22 @@ def _inline_constants(call: fx.Node, loop: Loop) -> None:
         del loop.consts[at - first]
         del placeholders[at]
         call.args = (*call.args[:at], *call.args[at + 1 :])
+    loop.body.recompile()
+
+
+_RESHAPES = ("view", "reshape", "flatten", "unflatten", "expand", "view_as", "reshape_as", "expand_as", "broadcast_to")
+
+
+def _drop_reshapes(loop: Loop) -> None:
+    """``w.view(-1)`` of a ``w [C]`` is ``w``: stretched over the lanes, as in the trace, it would have another shape."""
+    for node in list(loop.body.graph.nodes):
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        if node.op not in ("call_method", "call_function") or name not in _RESHAPES or not isinstance(node.args[0], fx.Node):
+            continue
+        before, after = example(node.args[0]), example(node)
+        if isinstance(before, torch.Tensor) and shape_hint(before) == shape_hint(after) and before.dtype == after.dtype:
+            node.replace_all_uses_with(node.args[0])
+            loop.body.graph.erase_node(node)
     loop.body.recompile()
 
 

@@ -61,6 +61,7 @@ ROWS: tuple[PointwiseOp, ...] = (
     PointwiseOp(("rsub.Scalar", "rsub.Tensor"), cpu.rsub, gpu.rsub),
     PointwiseOp(("mul.Tensor", "mul.Scalar"), cpu.mul, gpu.mul, keeps_numbers=True),
     PointwiseOp(("div.Tensor", "div.Scalar"), "{0} / {1}", gpu.div, FLOAT, keeps_numbers=True),
+    PointwiseOp(("addcmul.default",), cpu.addcmul, gpu.addcmul, keeps_numbers=True),
     PointwiseOp(("neg.default",), "-{0}", gpu.neg),
     PointwiseOp(("abs.default",), cpu.absolute, gpu.absolute),
     PointwiseOp(("sign.default", "sgn.default"), "({0} > 0) - ({0} < 0)", gpu.sign),
@@ -181,7 +182,7 @@ def operand_nodes(node: fx.Node) -> list[object]:
     name = overload_name(node.target)
     schema = node.target._schema  # type: ignore[union-attr]
     given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
-    skip = {"alpha", "dtype", "layout", "device", "pin_memory", "non_blocking", "memory_format"}
+    skip = {"alpha", "value", "dtype", "layout", "device", "pin_memory", "non_blocking", "memory_format"}
     if name in ("hardtanh.default",):
         given = {"self": given["self"], "min": given.get("min_val", -1.0), "max": given.get("max_val", 1.0)}
     operands = [v for k, v in given.items() if k not in skip and v is not None]

@@ -21,8 +21,8 @@ from snn_compile.ir.recurrence import Recurrence, Signature
 from snn_compile.lowering.launch import Target, allocate_gradients, allocate_results, run_backward, run_forward
 
 NAMESPACE = "snn_compile"
-#: Bump when generated code changes meaning: part of every op name.
-GENERATOR_VERSION = 2
+#: Bump when generated code or the layout of results changes meaning: part of every op name, which caches go by.
+GENERATOR_VERSION = 3
 
 TargetFor = Callable[[torch.device], Target]
 

@@ -17,20 +17,19 @@ Does not fire: other ops that write, a parameter with a batch dim of its own, re
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 
 from snn_compile.errors import Reject
 from snn_compile.ir.loop import Loop
-from snn_compile.ir.values import example, flat_nodes
+from snn_compile.ir.values import example
 from snn_compile.passes.batch_norm_over_time import batch_norm_over_time, check_batch_norm
 from snn_compile.passes.classify import OpInfo
+from snn_compile.passes.emit import emit, emit_function
 
 #: Says whether the node treats dim 0 of its first operand as a batch; the other operands are constants of the loop.
 Rule = Callable[[fx.Node], bool]
@@ -103,22 +102,22 @@ def batch_time(gm: fx.GraphModule, call: fx.Node, loop: Loop, infos: dict[fx.Nod
     env: dict[fx.Node, fx.Node] = dict(zip(placeholders[n + m :], consts, strict=True))  # type: ignore[arg-type]
     with graph.inserting_before(call):
         for placeholder, x in zip(placeholders[n : n + m], xs, strict=True):
-            env[placeholder] = _emit(graph, "call_method", "flatten", (x, 0, 1), {})
+            env[placeholder] = emit(graph, "call_method", "flatten", (x, 0, 1), {})
         for node in infos:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
             if node.target is F.batch_norm and infos[node].writes:
-                env[node] = _emit_function(graph, batch_norm_over_time, (loop.length, *args), kwargs)
+                env[node] = emit_function(graph, batch_norm_over_time, (loop.length, *args), kwargs)
             else:
-                env[node] = _emit(graph, node.op, node.target, args, kwargs)
+                env[node] = emit(graph, node.op, node.target, args, kwargs)
             env[node].meta = {**node.meta, **env[node].meta}
         next_carries, values = loop.results()
         series = {v: _unfold(graph, env[v], loop.length) for v in dict.fromkeys((*values, *next_carries))}
         results = [
-            series[v] if y.dim == 0 else _emit(graph, "call_method", "movedim", (series[v], 0, y.dim), {})
+            series[v] if y.dim == 0 else emit(graph, "call_method", "movedim", (series[v], 0, y.dim), {})
             for v, y in zip(values, loop.ys, strict=True)
         ]
         results += [
-            _emit(graph, "call_function", operator.getitem, (series[v], -1), {})
+            emit(graph, "call_function", operator.getitem, (series[v], -1), {})
             for v, c in zip(next_carries, loop.carries, strict=True)
             if c.is_result
         ]
@@ -131,34 +130,7 @@ def batch_time(gm: fx.GraphModule, call: fx.Node, loop: Loop, infos: dict[fx.Nod
 
 
 def _unfold(graph: fx.Graph, node: fx.Node, length: int) -> fx.Node:
-    return _emit(graph, "call_method", "unflatten", (node, 0, (length, -1)), {})
-
-
-def _emit(graph: fx.Graph, op: str, target, args, kwargs) -> fx.Node:  # type: ignore[no-untyped-def]
-    """A node with its example, found by running it on the examples of its operands."""
-    node = graph.create_node(op, target, args, kwargs)
-    node.meta["example_value"] = _run(op, target, args, kwargs)
-    return node
-
-
-def _emit_function(graph: fx.Graph, function, args, kwargs) -> fx.Node:  # type: ignore[no-untyped-def]
-    """The nodes of a function in plain PyTorch, with their examples."""
-    before = set(graph.nodes)
-    tracer = fx.proxy.GraphAppendingTracer(graph)
-    proxies = fx.node.map_arg((args, kwargs), lambda n: fx.Proxy(n, tracer))  # type: ignore[arg-type,return-value]
-    result = function(*proxies[0], **proxies[1])
-    fakes = [v for v in map(example, flat_nodes(args)) if isinstance(v, FakeTensor)]
-    with fakes[0].fake_mode if fakes else contextlib.nullcontext():
-        for new in graph.nodes:
-            if new not in before:
-                new.meta["example_value"] = _run(new.op, new.target, new.args, new.kwargs)
-    node: fx.Node = result.node
-    return node
-
-
-def _run(op: str, target, args, kwargs) -> object:  # type: ignore[no-untyped-def]
-    (first, *rest), keywords = fx.node.map_arg((args, kwargs), example)
-    return getattr(first, target)(*rest, **keywords) if op == "call_method" else target(first, *rest, **keywords)
+    return emit(graph, "call_method", "unflatten", (node, 0, (length, -1)), {})
 
 
 def _check(loop: Loop, infos: dict[fx.Node, OpInfo]) -> None:

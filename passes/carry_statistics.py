@@ -20,18 +20,12 @@ from torch import Tensor, fx
 from snn_compile.errors import Reject
 from snn_compile.ir.loop import Loop, LoopCarry
 from snn_compile.ir.values import example
-
-_PARAMETERS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-_DEFAULTS = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
+from snn_compile.passes.fixed_batch_norm import arguments
 
 
 def updates_statistics(node: fx.Node) -> bool:
     """A batch norm in training mode with running statistics."""
     return node.target is F.batch_norm and arguments(node)["training"] is True and arguments(node)["running_mean"] is not None
-
-
-def arguments(node: fx.Node) -> dict[str, object]:
-    return {**_DEFAULTS, **dict(zip(_PARAMETERS, node.args, strict=False)), **node.kwargs}
 
 
 def carry_statistics(gm: fx.GraphModule, call: fx.Node, loop: Loop) -> None:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from snn_compile.ir.loop import Loop
 from snn_compile.ir.values import example, flat_nodes, hint, is_getitem, shape_hint, storage_key
+from snn_compile.passes.fixed_batch_norm import is_fixed_batch_norm
 from snn_compile.passes.functionalize import is_write
 from snn_compile.passes.trace_step import IDENTITIES
 
@@ -65,6 +66,8 @@ def _classify(loop: Loop, node: fx.Node, fakes: _Fakes, infos: dict[fx.Node, OpI
     writes = _written(node)
     if writes:
         return OpInfo(pure=False, writes=writes)
+    if is_fixed_batch_norm(node, loop.placeholders()[len(loop.carries) + len(loop.xs) :]):
+        return OpInfo(pointwise=True)  # it can be: `passes/fold_batch_norm`
     if node.op == "call_module" or (
         isinstance(node.target, torch._ops.HigherOrderOperator) and node.target is not AUTOGRAD_FUNCTION
     ):

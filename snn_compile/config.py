@@ -21,6 +21,11 @@ class Config:
     enabled: bool = _option(True, "rewrite loops; False hands the graph to Inductor untouched", (True, False))
     strict: bool = _option(False, "raise on an internal failure of a pass instead of falling back", (True, False))
     batch_time: bool = _option(True, "run layers between neurons once over all steps, not step by step", (True, False))
+    fold_batch_norm: str = _option(
+        "exact",
+        "'threshold': a neuron with batch norm of its potential fires on the raw potential, where that is the same network",
+        ("exact", "threshold"),
+    )
     step_from: int = _option(
         32, "steps from which a recurrence with calls runs as a program; Inductor unrolls a shorter one, and fuses its reductions"
     )

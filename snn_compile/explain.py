@@ -20,6 +20,7 @@ from snn_compile.ir.loop import Loop
 from snn_compile.ir.recurrence import Recurrence
 from snn_compile.ir.stepped import SteppedRecurrence
 from snn_compile.ir.stepped import describe as describe_unit
+from snn_compile.ir.threshold import describe_thresholds
 from snn_compile.ir.values import user_location
 from snn_compile.pipeline import Report, kernel_texts_for_logs, stepped_texts_for_logs
 
@@ -158,6 +159,10 @@ def describe_stepped(r: SteppedRecurrence) -> str:
 def _analysis(recurrence: Recurrence) -> list[str]:
     affine = is_affine(recurrence)
     lines = [] if affine is None else [f"  {'':12} the charge is {'' if affine else 'not '}affine in the states"]
+    if recurrence.meta.get("thresholds_folded"):
+        lines.append(f"  {'threshold':12} folded: sign and threshold are computed once a call, outside of the kernel")
+    else:
+        lines += [f"  {'threshold':12} on the raw potential: {text}" for text in describe_thresholds(recurrence)]
     slope = surrogate(recurrence)
     if slope:
         lines.append(f"  {'surrogate':12} ds/du = {slope}, where u is the argument of the spike")

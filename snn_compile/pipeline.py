@@ -32,6 +32,8 @@ from snn_compile.passes.carry_statistics import carry_statistics, updates_statis
 from snn_compile.passes.classify import OpInfo, classify
 from snn_compile.passes.decompose import decompose
 from snn_compile.passes.distribute import Group, distribute, find_groups
+from snn_compile.passes.fold_batch_norm import fold_batch_norm
+from snn_compile.passes.fold_threshold import fold_threshold
 from snn_compile.passes.functionalize import functionalize
 from snn_compile.passes.grow_states import grow_states
 from snn_compile.passes.hoist import find_invariant, hoist
@@ -53,6 +55,7 @@ COUNTERS = (
     "ops_time_batched",
     "ops_hoisted",
     "batch_norms_folded",
+    "thresholds_folded",
     "rejections",
     "pass_failures",
 )
@@ -64,6 +67,7 @@ PASSES = (
     ("functionalize", "writes into loop-local tensors become values"),
     ("hoist_creations", "constant tensors are made once, before everything else"),
     ("reroll", "T equal iterations become one Loop"),
+    ("fold_batch_norm", "a batch norm with fixed statistics in a neuron becomes a multiply-add"),
     ("hoist", "loop-invariant work runs once"),
     ("distribute", "strongly connected components become recurrences; pointwise neighbours join them"),
     ("batch_time", "a loop without a recurrence runs once over all steps"),
@@ -125,6 +129,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     counters["snn_compile"]["loops_rerolled"] += len(loops)
     dump(work, "2_reroll")
     for call, loop in _calls(work):
+        counters["snn_compile"]["batch_norms_folded"] += fold_batch_norm(loop, is_pointwise_op)
         infos = classify(loop, is_pointwise_op)
         report.ops_hoisted += hoist(work, call, loop, infos)
         distribute(work, call, loop, infos)
@@ -260,6 +265,10 @@ def _lower(gm: fx.GraphModule, report: Report, dump: _Dump, config: Config) -> N
         except Reject as r:
             report.rejections.append(replace(r.rejection, location=r.rejection.location or loop.location))
             continue
+        if config.fold_batch_norm == "threshold":
+            count, refused = fold_threshold(gm, call, recurrence)
+            counters["snn_compile"]["thresholds_folded"] += count
+            report.rejections += refused
         report.steps[recurrence.name] = loop.length
         _describe(recurrence, call, loop, target.name)
         dump.kernels(recurrence)

@@ -58,6 +58,15 @@ def mul(operands: list[str], node: fx.Node) -> str:
     return f"{operands[0]} {'&' if node.meta['val'].dtype == torch.bool else '*'} {operands[1]}"
 
 
+def addcmul(operands: list[str], node: fx.Node) -> str:
+    """``a + value*b*c``; eager's vectorised loop rounds ``value*b``, and the rest as one fused multiply-add."""
+    a, b, c = operands
+    value = node.kwargs.get("value", 1)
+    if value != 1:
+        b = f"({literal(value, _dtype(node))} * {b})"  # type: ignore[arg-type]
+    return f"{_builtin('fma', node)}({b}, {c}, {a})" if _is_float(node) else f"{a} + {b} * {c}"
+
+
 def absolute(operands: list[str], node: fx.Node) -> str:
     (x,) = operands
     if _is_float(node):

@@ -73,6 +73,15 @@ def div(operands: list[str], node: fx.Node) -> str:
     return f"{operands[0]} * {literal(inverse.item(), dtype, arithmetic=True)}"
 
 
+def addcmul(operands: list[str], node: fx.Node) -> str:
+    """``a + value*b*c``; nvcc contracts the last product and the sum (PointwiseOpsKernel.cu)."""
+    a, b, c = operands
+    value = node.kwargs.get("value", 1)
+    if value != 1:
+        b = f"({literal(value, _dtype(node))} * {b})"  # type: ignore[arg-type]
+    return f"tl.fma({b}, {c}, {a})" if _is_float(node) else f"{a} + {b} * {c}"
+
+
 def neg(operands: list[str], node: fx.Node) -> str:
     """Triton's unary minus is ``0 - x``, which loses the sign of zero."""
     return f"{operands[0]} * -1.0" if _is_float(node) else f"-{operands[0]}"

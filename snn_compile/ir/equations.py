@@ -225,6 +225,8 @@ class Infix:
             return f"{self.text(args[0], _ATOM)} {_LOGIC[name]} {self.text(args[1], _ATOM)}", 0
         if name == "_to_copy":
             return self._conversion(args[0])
+        if name == "addcmul" and "value" not in node.kwargs:
+            return f"{self.text(args[1], _PRODUCT)}*{self.text(args[2], _PRODUCT)} + {self.text(args[0], _SUM)}", _SUM
         if name == "reciprocal":
             return f"1/{self.text(args[0], _POWER)}", _PRODUCT
         return self._call(node, name, args)
@@ -267,6 +269,11 @@ class Infix:
 
 
 # ---------------------------------------------------------------------------------------------------- lines
+
+
+def writer(recurrence: Recurrence) -> Infix:
+    """Writes the values of the step in the names that `equations` gives them."""
+    return _Writer(recurrence).infix
 
 
 class _Writer:
@@ -550,14 +557,14 @@ def is_affine(recurrence: Recurrence) -> bool | None:
         import sympy
 
         symbols = {s: sympy.Symbol(f"state{i}", real=True) for i, s in enumerate(states)}
-        expression = _to_sympy(fires[0].charge, symbols, {})
+        expression = to_sympy(fires[0].charge, symbols, {})
         own = [symbols[s] for s in states]
         return all(sympy.simplify(sympy.diff(expression, a, b)) == 0 for a in own for b in own)
 
     return capped(decide)  # type: ignore[return-value]
 
 
-def _to_sympy(value: object, symbols: dict[fx.Node, object], memo: dict[fx.Node, object]):  # type: ignore[no-untyped-def]
+def to_sympy(value: object, symbols: dict[fx.Node, object], memo: dict[fx.Node, object]):  # type: ignore[no-untyped-def]
     """The exact symbolic form of a node; ops sympy need not know are functions of their operands."""
     import sympy
 
@@ -571,7 +578,7 @@ def _to_sympy(value: object, symbols: dict[fx.Node, object], memo: dict[fx.Node,
         elif len(memo) > MAX_SYMBOLIC_NODES:
             raise ValueError("too large")
         else:
-            memo[value] = _op_to_sympy(value, [_to_sympy(a, symbols, memo) for a in value.args if a is not None])
+            memo[value] = _op_to_sympy(value, [to_sympy(a, symbols, memo) for a in value.args if a is not None])
     return memo[value]
 
 
@@ -585,6 +592,7 @@ def _op_to_sympy(node: fx.Node, a: list):  # type: ignore[no-untyped-def, type-a
         "sub": lambda: a[0] - alpha * a[1],
         "rsub": lambda: a[1] - alpha * a[0],
         "mul": lambda: a[0] * a[1],
+        "addcmul": lambda: a[0] + node.kwargs.get("value", 1) * a[1] * a[2],
         "div": lambda: a[0] / a[1],
         "neg": lambda: -a[0],
         "pow": lambda: a[0] ** a[1],

@@ -1,0 +1,37 @@
+"""New nodes of a torch-level graph, with the examples that passes read."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from snn_compile.ir.values import example, flat_nodes
+
+
+def emit(graph: fx.Graph, op: str, target, args, kwargs, name: str | None = None) -> fx.Node:  # type: ignore[no-untyped-def]
+    """A node with its example, found by running it on the examples of its operands."""
+    node = graph.create_node(op, target, args, kwargs, name)
+    node.meta["example_value"] = _run(op, target, args, kwargs)
+    return node
+
+
+def emit_function(graph: fx.Graph, function: Callable[..., fx.Proxy], args, kwargs) -> fx.Node:  # type: ignore[no-untyped-def]
+    """The nodes of a function in plain PyTorch, with their examples."""
+    before = set(graph.nodes)
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    proxies = fx.node.map_arg((args, kwargs), lambda n: fx.Proxy(n, tracer))  # type: ignore[arg-type,return-value]
+    result = function(*proxies[0], **proxies[1])
+    for new in (n for n in graph.nodes if n not in before):
+        new.meta["example_value"] = _run(new.op, new.target, new.args, new.kwargs)
+    node: fx.Node = result.node
+    return node
+
+
+def _run(op: str, target, args, kwargs) -> object:  # type: ignore[no-untyped-def]
+    fakes = [v for v in map(example, flat_nodes((args, kwargs))) if isinstance(v, FakeTensor)]
+    (first, *rest), keywords = fx.node.map_arg((args, kwargs), example)
+    with fakes[0].fake_mode if fakes else contextlib.nullcontext():
+        return getattr(first, target)(*rest, **keywords) if op == "call_method" else target(first, *rest, **keywords)
