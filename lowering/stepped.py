@@ -14,8 +14,10 @@ from torch import Tensor
 
 from snn_compile.ir.recurrence import Recurrence
 from snn_compile.ir.stepped import Call, Program, Reduced, Region, Slot, SteppedRecurrence
+from snn_compile.lowering.by_channel import backward_by_channel, forward_by_channel
 from snn_compile.lowering.launch import MOST_LAUNCHES, BoundKernel, ResultSpec, Target
 from snn_compile.lowering.layout import place
+from snn_compile.lowering.result_memory import settle
 
 #: ``unit(values, now)``: read and write values by slot; `now` holds where the series of this step go
 Run = Callable[[list, dict[int, Tensor]], None]
@@ -193,23 +195,27 @@ def run_stepped(r: SteppedRecurrence, target: Target, operands: Sequence[Tensor]
     own = [i for i, y in zip(r.history, r.shared, strict=True) if y is None]
     shapes = [*r.results[n : n + m], *(r.results[i] for i in own), *r.results[n + m :]]
     wanted = [*out[n : n + m], *(out[i] for i in own), *out[n + m :]]
-    kept = [torch.empty((steps, *shape), dtype=dtype, device=device) for shape, dtype in shapes]
+    kept = [settle(torch.empty((steps, *shape), dtype=dtype, device=device)) for shape, dtype in shapes]
     reverse = [y.reverse for y in r.ys] + [False] * (len(kept) - m)
-    views = [_steps_of(k, back) for k, back in zip(kept, reverse, strict=True)]
     values = runner.values()
     values[n + len(xs) : n + len(xs) + len(consts)] = consts
     runner.prepare(values)
-    series = [_steps_of(x, spec.reverse) for x, spec in zip(xs, r.xs, strict=True)]
-    places = Places(zip(wanted, views, strict=True), runner.written)
-    carries = list(inits)
-    for t in range(steps):
-        values[:n] = carries
-        values[n : n + len(series)] = [s[t] for s in series]
-        runner.step(values, places.now(t), t == 0)
-        places.copy(values, t)
-        carries = [values[o] for o in out[:n]]
+    finals = None
+    if target.name == "cpp":
+        finals = forward_by_channel(r, inits, xs, values, list(zip(wanted, kept, reverse, strict=True)), steps)
+    if finals is None:
+        series = [_steps_of(x, spec.reverse) for x, spec in zip(xs, r.xs, strict=True)]
+        views = [_steps_of(k, back) for k, back in zip(kept, reverse, strict=True)]
+        places = Places(zip(wanted, views, strict=True), runner.written)
+        carries = list(inits)
+        for t in range(steps):
+            values[:n] = carries
+            values[n : n + len(series)] = [s[t] for s in series]
+            runner.step(values, places.now(t), t == 0)
+            places.copy(values, t)
+            carries = [values[o] for o in out[:n]]
+        finals = [c.clone() for c, spec in zip(carries, r.carries, strict=True) if spec.is_result]
     ys = [k if y.time_dim == 0 else k.movedim(0, y.time_dim).contiguous() for k, y in zip(kept, r.ys, strict=False)]
-    finals = [c.clone() for c, spec in zip(carries, r.carries, strict=True) if spec.is_result]
     return [*ys, *finals, *kept[m:]]
 
 
@@ -271,6 +277,11 @@ def run_stepped_backward(
     values = runner.values()
     values[n + len(xs) : n_ops] = consts
     runner.prepare(values)
+    if target.name == "cpp":
+        whole = _whole_cotangents(r, cotangents)
+        gradients = backward_by_channel(r, operands, kept, values, whole, steps)
+        if gradients is not None:
+            return gradients
     # (the step that sees the initial state is not the first one here: the state must lie in memory like those after it)
     before = [(i, [inits[i].contiguous(), *k.unbind(0)[:-1]]) for i, k in zip(r.history, kept, strict=False)]  # type: ignore[union-attr]
     given = [(n + j, x, spec) for j, (x, spec) in enumerate(zip(xs, r.xs, strict=True)) if x is not None]
@@ -314,6 +325,19 @@ def _cotangents(r: SteppedRecurrence, device: torch.device, cotangents: Sequence
         steps_of = [_zero(*spec, device)] * steps if ct is None else ct.movedim(y.time_dim, 0).unbind(0)
         series.append(steps_of[::-1] if y.reverse else steps_of)
     return carries, series
+
+
+def _whole_cotangents(r: SteppedRecurrence, cotangents: Sequence[Tensor | None]):  # type: ignore[no-untyped-def]
+    """As `_cotangents`: of the carries, and of the outputs with time first, None where absent; all without gaps."""
+    n_ys = len(r.differentiable_ys)
+    finals = iter(cotangents[n_ys:])
+    carries = []
+    for (shape, dtype), c in zip(r.results, r.carries, strict=False):
+        if c.differentiable:
+            ct = next(finals) if c.is_result else None
+            carries.append(torch.zeros(shape, dtype=dtype) if ct is None else ct.contiguous())
+    pairs = zip(cotangents[:n_ys], r.differentiable_ys, strict=True)
+    return carries, [None if ct is None else ct.movedim(y.time_dim, 0).contiguous() for ct, y in pairs]
 
 
 def _zero(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -12,19 +12,21 @@ handed over; pointwise values are computed again, in registers.
 
 from __future__ import annotations
 
+import contextlib
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from snn_compile.errors import Reject
 from snn_compile.ir.recurrence import Carry, Const, Output, TimeSeries
 from snn_compile.ir.stepped import Reduced, SteppedRecurrence
 from snn_compile.ir.values import is_getitem
 from snn_compile.passes.split_step import Supported, is_number, is_pointwise, split_step
-from snn_compile.passes.trace_step import decomposed_graph, find_differentiable, name_nodes, vector_jacobian
+from snn_compile.passes.trace_step import decomposed_graph, find_differentiable, name_nodes, simplify, vector_jacobian
 
 aten = torch.ops.aten
 
@@ -147,6 +149,7 @@ class _Builder:
         Equal nodes are found by content: the same op on the same operands.
         """
         assert self.joint is not None
+        _recompute_normalised(self.joint)
         numbers: dict[object, int] = {}
         known = {_number(node, numbers, i): node for i, node in enumerate(self.step.graph.nodes)}
         kept: list[fx.Node] = []
@@ -211,6 +214,39 @@ class _Builder:
         read = [bool(i.users) or i in extra or needs for i, needs in zip(inputs, self.needs_grad, strict=False)]
         stepped.reads = tuple(read)
         stepped.history = tuple(i for i in range(n_carries) if inputs[i].users or inputs[i] in extra)
+
+
+def _recompute_normalised(joint: fx.GraphModule) -> None:
+    """``batch_norm(h)`` -> ``h*scale + shift`` with the statistics that the forward saves, so that they are all that is kept."""
+    for node in [n for n in joint.graph.nodes if n.target is aten.native_batch_norm.default and n.args[5] is True]:
+        for y in [u for u in node.users if is_getitem(u) and u.args[1] == 0]:
+            h, weight, bias = node.args[:3]
+            with joint.graph.inserting_before(y):
+                mean, invstd = (_call(joint.graph, operator.getitem, node, i) for i in (1, 2))
+                scale = invstd if weight is None else _call(joint.graph, aten.mul.Tensor, invstd, weight)
+                shift = _call(joint.graph, aten.mul.Tensor, mean, scale)
+                shift = (
+                    _call(joint.graph, aten.neg.default, shift)
+                    if bias is None
+                    else _call(joint.graph, aten.sub.Tensor, bias, shift)
+                )
+                space = [1] * (h.meta["val"].dim() - 2)
+                if space:
+                    scale, shift = (_call(joint.graph, aten.view.default, n, [-1, *space]) for n in (scale, shift))
+                new = _call(joint.graph, aten.addcmul.default, shift, h, scale)
+            y.replace_all_uses_with(new)
+            joint.graph.erase_node(y)
+    simplify(joint)
+
+
+def _call(graph: fx.Graph, target: Callable[..., object], *args: object, **kwargs: object) -> fx.Node:
+    """A node with its example."""
+    node = graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
+    values = fx.node.map_arg(args, lambda n: n.meta["val"])  # type: ignore[arg-type]
+    fakes = [v for v in values if isinstance(v, FakeTensor)]
+    with fakes[0].fake_mode if fakes else contextlib.nullcontext():
+        node.meta["val"] = target(*values, **kwargs)
+    return node
 
 
 def _invariant(gm: fx.GraphModule, found: set[fx.Node]) -> set[fx.Node]:

@@ -145,6 +145,8 @@ def describe_stepped(r: SteppedRecurrence) -> str:
     for title, specs in (("states", r.carries), ("inputs", r.xs), ("parameters", r.consts)):
         if specs:
             lines.append(f"  {title:12} {', '.join(_name(s) for s in specs)}")
+    if r.meta.get("is_by_channel"):
+        lines.append(f"  {'runs':12} channel by channel: all steps and all of this as one kernel, where memory allows")
     programs = [("forward", r.forward)] + ([("backward", r.backward)] if r.backward is not None else [])
     for title, program in programs:
         for i, unit in enumerate(program.units):

@@ -22,6 +22,7 @@ from snn_compile.ir.recurrence import Recurrence, TimeSeries
 from snn_compile.ir.stepped import SteppedRecurrence
 from snn_compile.ir.values import base_name, example, shape_hint
 from snn_compile.lowering import ops, targets
+from snn_compile.lowering.by_channel import suits_channels
 from snn_compile.lowering.kernel_texts import kernel_texts, stepped_texts
 from snn_compile.lowering.launch import Direction
 from snn_compile.lowering.lower_loops import lower_loop, make_recurrence, make_stepped
@@ -205,7 +206,8 @@ def _why_not(loop: Loop, config: Config) -> Rejection | None:
     groups = find_groups(loop, infos, ignore=find_invariant(loop, infos))
     if any(g.is_kernel for g in groups):
         return _why_growing(loop, groups)
-    if any(g.recurrent for g in groups) and loop.length >= config.step_from and _may_step(groups, infos):
+    is_long = loop.length >= config.step_from
+    if any(g.recurrent and (is_long or _runs_by_channel(g.nodes, infos)) for g in groups) and _may_step(groups, infos):
         return _why_growing(loop, groups)
     if any(g.recurrent for g in groups):
         worst = next(n for g in groups if g.recurrent for n in g.nodes if not infos[n].pointwise)
@@ -223,6 +225,12 @@ def _why_not(loop: Loop, config: Config) -> Rejection | None:
 def _may_step(groups: list[Group], infos: dict[fx.Node, OpInfo]) -> bool:
     """Whether a recurrence that is no kernel can be a program of kernels and calls: nothing in it writes or draws numbers."""
     return any(g.recurrent and all(infos[n].pure or updates_statistics(n) for n in g.nodes) for g in groups)
+
+
+def _runs_by_channel(nodes: list[fx.Node], infos: dict[fx.Node, OpInfo]) -> bool:
+    """All that is not pointwise are batch norms over channels, where a kernel runs channel by channel (`lowering/by_channel`)."""
+    calls = [n for n in nodes if not infos[n].pointwise]
+    return bool(calls) and all(updates_statistics(n) and suits_channels(example(n.args[0])) for n in calls)
 
 
 def _why_growing(loop: Loop, groups: list[Group]) -> Rejection | None:
@@ -255,8 +263,11 @@ def _batch_time(gm: fx.GraphModule, report: Report) -> None:
 def _lower(gm: fx.GraphModule, report: Report, dump: _Dump, config: Config) -> None:
     grad_enabled = torch.is_grad_enabled()
     for call, loop in _calls(gm):
-        if loop.is_recurrent and not loop.is_kernel and loop.length >= config.step_from:
-            _lower_stepped(gm, call, loop, report, dump)
+        if loop.is_recurrent and not loop.is_kernel:
+            infos = classify(loop, is_pointwise_op)
+            by_channel = _runs_by_channel(list(infos), infos)
+            if loop.length >= config.step_from or by_channel:
+                _lower_stepped(gm, call, loop, report, dump, by_channel)
         if not loop.is_kernel:
             continue
         try:
@@ -277,7 +288,7 @@ def _lower(gm: fx.GraphModule, report: Report, dump: _Dump, config: Config) -> N
         counters["snn_compile"]["recurrences_lowered"] += 1
 
 
-def _lower_stepped(gm: fx.GraphModule, call: fx.Node, loop: Loop, report: Report, dump: _Dump) -> None:
+def _lower_stepped(gm: fx.GraphModule, call: fx.Node, loop: Loop, report: Report, dump: _Dump, by_channel: bool) -> None:
     try:
         grow_states(gm, call, loop, classify(loop, is_pointwise_op))
         carry_statistics(gm, call, loop)
@@ -286,7 +297,7 @@ def _lower_stepped(gm: fx.GraphModule, call: fx.Node, loop: Loop, report: Report
     except Reject as r:
         report.rejections.append(replace(r.rejection, location=r.rejection.location or loop.location))
         return
-    stepped.meta |= {"steps": loop.length, "target": target.name}
+    stepped.meta |= {"steps": loop.length, "target": target.name, "is_by_channel": by_channel and target.name == "cpp"}
     dump.stepped(stepped)
     lower_loop(gm, call, loop, register_stepped(stepped, targets.for_device), stepped.backward is not None)
     report.stepped.append(stepped)

@@ -1,0 +1,222 @@
+"""Running a `SteppedRecurrence` channel by channel, where its program and the memory layout allow it.
+
+The results are those of `lowering/stepped`, which runs a program unit by unit; that module says what they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from snn_compile.ir.stepped import SteppedRecurrence
+from snn_compile.ir.values import known_int
+from snn_compile.lowering.cpp import compiler
+from snn_compile.lowering.cpp.by_channel import ChannelSource, Given, Unsupported, Wanted, examples_of, generate
+from snn_compile.lowering.cpp.names import identifier
+from snn_compile.lowering.cpp.plan import STREAM_BYTES
+from snn_compile.lowering.launch import Direction
+from snn_compile.lowering.result_memory import settle
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor of a call; `timed`: dim 0 is time, read or written back to front where `reverse`."""
+
+    tensor: Tensor
+    timed: bool = False
+    reverse: bool = False
+
+    def address(self) -> int:
+        start = (self.tensor.shape[0] - 1) * self.tensor.stride(0) if self.reverse else 0
+        return self.tensor.data_ptr() + start * self.tensor.element_size()
+
+    def strides(self, dim: int) -> tuple[int, int, int]:
+        """Step, row, channel; `dim`: the number of dims of a whole value ``[N, C, *space]``."""
+        sizes, strides = self.tensor.shape[self.timed :], self.tensor.stride()[self.timed :]
+        step = (-1 if self.reverse else 1) * self.tensor.stride(0) if self.timed else 0
+        if len(strides) == dim:
+            return step, strides[0], strides[1]
+        return step, 0, next((s for s, size in zip(strides, sizes, strict=True) if size != 1), 0)
+
+    def has_rows(self, dim: int) -> bool:
+        """fp32, and the last dims of whole values lie together in memory."""
+        sizes, strides = self.tensor.shape[self.timed :], self.tensor.stride()[self.timed :]
+        expected, space = 1, list(zip(sizes, strides, strict=True))[2:] if len(sizes) == dim else []
+        for size, stride in reversed(space):
+            if size != 1 and stride != expected:
+                return False
+            expected *= size
+        return self.tensor.dtype == torch.float32 and self.tensor.numel() > 0
+
+
+def suits_channels(value: Tensor) -> bool:
+    """fp32 on CPU, ``[N, C, *space]`` in that order in memory."""
+    if value.dtype != torch.float32 or value.device.type != "cpu" or value.dim() < 3:
+        return False
+    sizes = [known_int(s) for s in value.shape]
+    return None not in sizes and value.is_contiguous() and 0 not in sizes
+
+
+class ChannelKernel:
+    """A compiled kernel."""
+
+    def __init__(self, source: ChannelSource) -> None:
+        self.source = source
+        self._library = compiler.load(source.text)  # keeps the function's code mapped
+        self._function = getattr(self._library, source.entry)
+        self._function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 4 + [ctypes.c_bool, ctypes.c_int64, ctypes.c_void_p]
+        self._function.restype = None
+
+    def __call__(self, operands: Sequence[Operand], steps: int) -> None:
+        """`operands` in the order of the source's `given` and `wanted`."""
+        n, channels, *space = self.source.shape
+        inner = torch.Size(space).numel()
+        threads = max(1, min(torch.get_num_threads(), channels))
+        scratch = torch.empty(threads * self.source.buffers * n * inner)
+        pointers = (ctypes.c_void_p * len(operands))(*(o.address() for o in operands))
+        strides = [s for o in operands for s in o.strides(len(self.source.shape))]
+        numbers = (ctypes.c_int64 * len(strides))(*strides)
+        size = sum(o.tensor.nbytes for o in operands if o.timed)
+        streaming = size >= STREAM_BYTES and inner >= 256
+        self._function(pointers, numbers, steps, channels, n, inner, streaming, threads, scratch.data_ptr())
+
+
+class _Call:
+    """What a kernel is given and what is wanted of it, with the tensors."""
+
+    def __init__(self, r: SteppedRecurrence, direction: Direction) -> None:
+        self.r, self.direction = r, direction
+        self.given: list[tuple[Given, list[Operand]]] = []
+        self.wanted: list[tuple[Wanted, Operand]] = []
+
+    def give(self, kind: str, slot: int, name: str, *operands: Operand, next: int | None = None) -> None:
+        self.given.append((Given(slot, kind, name, next), list(operands)))
+
+    def give_constants(self, values: Sequence[Tensor | None], slots: Iterable[int]) -> None:
+        """Constants of the recurrence, and what the prologue made of them."""
+        first = len(self.r.carries) + len(self.r.xs)
+        for i in slots:
+            if isinstance(value := values[i], Tensor):
+                known = i - first < len(self.r.consts)
+                self.give("const", i, self.r.consts[i - first].name if known else "constant", Operand(value))
+
+    def want(self, kind: str, slot: int, operand: Operand) -> None:
+        self.wanted.append((Wanted(slot, kind), operand))
+
+    def run(self, steps: int) -> bool:
+        """Fill what is wanted; False, and nothing is done, where the recurrence does not run so."""
+        key = (self.direction, tuple(g for g, _ in self.given), tuple(w for w, _ in self.wanted))
+        known = self.r.meta.setdefault("by_channel", {})
+        if key not in known:
+            known[key] = self._kernel(*key[1:])
+        kernel: ChannelKernel | None = known[key]
+        operands = [o for _, some in self.given for o in some] + [o for _, o in self.wanted]
+        if kernel is None or steps == 0 or not all(o.has_rows(len(kernel.source.shape)) for o in operands):
+            return False
+        kernel(operands, steps)
+        return True
+
+    def _kernel(self, given: Sequence[Given], wanted: Sequence[Wanted]) -> ChannelKernel | None:
+        is_backward = self.direction == "backward"
+        program, gm = (self.r.backward, self.r.step_backward) if is_backward else (self.r.forward, self.r.step)
+        assert program is not None and gm is not None
+        name = f"{identifier(self.r.name)}_{self.direction}"
+        with contextlib.suppress(Unsupported):
+            return ChannelKernel(generate(name, program, examples_of(gm), given, wanted, is_backward))
+        return None
+
+
+def forward_by_channel(
+    r: SteppedRecurrence,
+    inits: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    values: Sequence[Tensor | None],
+    kept: Sequence[tuple[int, Tensor, bool]],
+    steps: int,
+) -> list[Tensor] | None:
+    """Fill `kept` - ``(slot, series, reverse)`` - and give the final states; None where that is not possible.
+
+    `values`: what is known before the first step, by slot: constants and what the prologue made.
+    """
+    n, first = len(r.carries), len(r.carries) + len(r.xs)
+    call = _Call(r, "forward")
+    for i, (carry, init) in enumerate(zip(r.carries, inits, strict=True)):
+        call.give("carry", i, carry.name, Operand(init), next=r.forward.outputs[i])
+    for j, (spec, x) in enumerate(zip(r.xs, xs, strict=True)):
+        call.give("series", n + j, spec.name, Operand(x, True, spec.reverse))
+    call.give_constants(values, range(first, len(values)))
+    for slot, series, reverse in kept:
+        call.want("series", slot, Operand(series, True, reverse))
+    finals = []
+    for i, (carry, (shape, dtype)) in enumerate(zip(r.carries, r.results, strict=False)):
+        if carry.is_result:
+            finals.append(torch.empty(shape, dtype=dtype))
+            call.want("final", i, Operand(finals[-1]))
+    return finals if call.run(steps) else None
+
+
+def backward_by_channel(
+    r: SteppedRecurrence,
+    operands: Sequence[Tensor | None],
+    kept: Sequence[Tensor],
+    values: Sequence[Tensor | None],
+    cotangents: tuple[Sequence[Tensor], Sequence[Tensor | None]],
+    steps: int,
+) -> list[Tensor] | None:
+    """The gradients, or None where that is not possible. `cotangents`: of the carries, and of the outputs, time first."""
+    assert r.backward is not None
+    inits, xs, consts = r.split(operands)
+    outputs, n_ct = r.backward.outputs, len(cotangents[0])
+    call = _Call(r, "backward")
+    _give_backward(call, inits, xs, kept, values, cotangents)
+    first_ct, grads = len(operands) + r.n_residuals, []
+    for k, (ct, carry) in enumerate(zip(cotangents[0], r.differentiable_carries, strict=True)):
+        if carry.init_needs_grad:
+            grads.append(torch.empty_like(ct))
+            call.want("final", first_ct + k, Operand(grads[-1]))
+    wanting = [(x, spec) for x, spec in zip(xs, r.xs, strict=True) if spec.needs_grad]
+    for (x, spec), slot in zip(wanting, outputs[n_ct:], strict=False):
+        if slot is None:
+            return None
+        grads.append(settle(torch.empty(x.shape, dtype=x.dtype)))
+        call.want("series", slot, Operand(grads[-1], True, spec.reverse))
+    for const, way in zip((c for c, s in zip(consts, r.consts, strict=True) if s.needs_grad), r.reduced, strict=True):
+        grads.append(torch.zeros(const.shape, dtype=const.dtype))
+        if way is not None and way.kind != "sum":
+            return None
+        if way is not None:
+            call.want("sum", way.a, Operand(grads[-1]))
+    return grads if call.run(steps) else None
+
+
+def _give_backward(
+    call: _Call,
+    inits: Sequence[Tensor],
+    xs: Sequence[Tensor | None],
+    kept: Sequence[Tensor],
+    values: Sequence[Tensor | None],
+    cotangents: tuple[Sequence[Tensor], Sequence[Tensor | None]],
+) -> None:
+    r, (ct_carries, ct_ys) = call.r, cotangents
+    n, n_ops = len(r.carries), len(r.carries) + len(r.xs) + len(r.consts)
+    first_ct = n_ops + r.n_residuals
+    for i, after in zip(r.history, kept, strict=False):
+        call.give("before", i, r.carries[i].name, Operand(after, True), Operand(inits[i].contiguous()))
+    for j, (spec, x) in enumerate(zip(r.xs, xs, strict=True)):
+        if x is not None:
+            call.give("series", n + j, spec.name, Operand(x, True, spec.reverse))
+    for j, residual in enumerate(kept[len(r.history) :]):
+        call.give("series", n_ops + j, "kept", Operand(residual, True))
+    for k, (ct, carry) in enumerate(zip(ct_carries, r.differentiable_carries, strict=True)):
+        assert r.backward is not None
+        call.give("carry", first_ct + k, f"grad_{carry.name}", Operand(ct), next=r.backward.outputs[k])
+    for k, (ct_y, y) in enumerate(zip(ct_ys, r.differentiable_ys, strict=True), len(ct_carries)):
+        series = [] if ct_y is None else [Operand(ct_y, True, y.reverse)]
+        call.give("series" if series else "zero", first_ct + k, f"grad_{y.name}", *series)
+    after_inputs = first_ct + len(ct_carries) + len(ct_ys)
+    call.give_constants(values, [*range(n + len(r.xs), n_ops), *range(after_inputs, len(values))])

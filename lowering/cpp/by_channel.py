@@ -1,0 +1,576 @@
+"""A step whose calls only look along one channel -> C++ in which a thread owns whole channels and runs all steps.
+
+    for t: h = charge(v, x[t]); y = batch_norm(h); s = H(y - 1); v = reset(y, s)          T launches of each, through memory
+    ->  for channel: for t: h = …, mean, invstd of h; s[t], v = … h*scale + shift …        one launch; h and v stay in cache
+
+for values ``[N, C, *space]`` whose last dims lie together in memory, and per-channel values ``[C]``. Statistics are summed in
+fp64, as eager's batch norm on CPU does, so that they round to its bits. What a batch norm gives is not stored: each reader
+computes it from ``h`` and two numbers of the channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx
+
+from snn_compile.ir.stepped import Call, Program, Region, Slot
+from snn_compile.lowering.cpp.emit import Emitter, Text, results
+from snn_compile.lowering.cpp.names import Names, comment
+from snn_compile.lowering.cpp.prelude import prelude
+
+aten = torch.ops.aten
+RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.default)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A variable in fp64 and what it adds up, from the values by slot; `partial`: a variable for the sum of one row."""
+
+    name: str
+    of: Callable[[dict[int, str]], str]
+    partial: str
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Texts of the elements of the current lane: of the values by slot, and of rows that are written by address."""
+
+    values: dict[int, str]
+    targets: dict[str, str]
+
+
+class Unsupported(Exception):
+    """The program is not one that runs channel by channel."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """An input slot of the program. ``carry``: an initial value, then `next`; ``before``: a state before each step, as its
+    initial value and the series of those after each step; ``series``; ``const``; ``zero``: absent."""
+
+    slot: int
+    kind: str
+    name: str
+    next: int | None = None
+
+    @property
+    def tensors(self) -> int:
+        return {"zero": 0, "before": 2}.get(self.kind, 1)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A result: ``series`` (a value of each step), ``final`` (the last value of the carry in `slot`), ``sum`` over the steps."""
+
+    slot: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class ChannelSource:
+    """The text of a kernel ``entry(tensors, strides, steps, channels, rows, inner, streaming, threads, scratch)``.
+
+    `strides` has three numbers a tensor - step, row, channel - in elements; a tensor of channels has two, and 0.
+    """
+
+    entry: str
+    text: str
+    #: arrays of ``rows*inner`` floats that a thread needs
+    buffers: int
+    #: of a whole value, ``[N, C, *space]``
+    shape: torch.Size
+
+
+def generate(
+    name: str, program: Program, values: Sequence[torch.Tensor], given: Sequence[Given], wanted: Sequence[Wanted], reverse: bool
+) -> ChannelSource:
+    """`values`: an example of each slot (of one step). Raises `Unsupported`."""
+    return _Writer(name, program, values, given, wanted, reverse).source()
+
+
+@dataclass
+class _Writer:
+    name: str
+    program: Program
+    values: Sequence[torch.Tensor]
+    given: Sequence[Given]
+    wanted: Sequence[Wanted]
+    reverse: bool
+    lines: list[str] = field(default_factory=list)
+    depth: int = 1
+    helpers: set[str] = field(default_factory=set)
+    names: Names = field(default_factory=Names)
+    #: slot of a whole value -> its address in the current row, as text
+    row: dict[int, str] = field(default_factory=dict)
+    #: slot of a whole value that is not stored -> ``(slots it is made from, text from their values)``
+    made: dict[int, tuple[tuple[int, ...], Callable[..., str]]] = field(default_factory=dict)
+    #: slot of a channel's value -> its name
+    channel: dict[int, str] = field(default_factory=dict)
+    buffers: list[str] = field(default_factory=list)
+    #: slot of a call with several results -> each as a name, or as in `made`
+    parts: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+    #: slot of a call -> the sums it needs that the loop of a region has made
+    summed: dict[int, list[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        whole = [v.shape for v in self.values if isinstance(v, torch.Tensor) and v.dim() > 2]
+        if not whole:
+            raise Unsupported
+        self.shape = max(whole, key=lambda s: (len(s), s.numel()))
+        self.series = {w.slot for w in self.wanted if w.kind == "series"}
+
+    # -------------------------------------------------------------------------------------------------------------- text
+
+    def line(self, *lines: str) -> None:
+        self.lines += [f"{'  ' * self.depth}{line}" if not line.startswith("#") else line for line in lines]
+
+    @contextmanager
+    def braces(self, header: str) -> Iterator[None]:
+        self.line(f"{header} {{")
+        self.depth += 1
+        yield
+        self.depth -= 1
+        self.line("}")
+
+    @contextmanager
+    def lanes(
+        self, slots: Sequence[int], sums: Sequence[Sum] = (), also: Sequence[str] = (), streamed: Sequence[str] = ()
+    ) -> Iterator[Lane]:
+        """The loops over a channel's values.
+
+        `sums` are added up in it; `also`: rows that are written; `streamed`: those of them that may go past the caches.
+        """
+        names = self.names.copy()
+        with self.braces("for (int64_t row = 0; row < rows; ++row)"):
+            pointers: dict[str, str] = {}
+            stored = dict.fromkeys(s for slot in slots for s in self._stored(slot))
+            for address in dict.fromkeys([*(self.row[s] for s in stored), *also]):
+                pointers[address] = names.unique(f"{address.split()[0]}_at")
+                self.line(f"float* const {pointers[address]} = {address};")
+                if (
+                    address not in also and f"{address.split()[0]}_row" in address
+                ):  # rows lie far apart: the next but one is asked for now
+                    self.helpers.add("prefetch")
+                    self.line(f"prefetch({pointers[address]} + 2 * {address.split()[0]}_row, inner * sizeof(float));")
+            rows = {address: pointers[address] for address in streamed}
+            for address, pointer in rows.items():
+                stage, pointers[address] = self._stage(), names.unique(f"{address.split()[0]}_to")
+                self.line(f"float* const {pointers[address]} = streaming ? {stage} : {pointer};")
+            self.line(*(f"float {s.partial} = 0.0f;" for s in sums if s.partial != s.name))
+            reduced = ", ".join(s.partial for s in sums)
+            self.line(f"#pragma omp simd reduction(+ : {reduced})" if sums else "#pragma omp simd")
+            with self.braces("for (int64_t i = 0; i < inner; ++i)"):
+                yield Lane({s: f"{pointers[self.row[s]]}[i]" for s in stored}, {a: f"{p}[i]" for a, p in pointers.items()})
+            self.line(*(f"{s.name} += {s.partial};" for s in sums if s.partial != s.name))
+            for address, pointer in rows.items():
+                self.helpers.add("stream")
+                self.line(f"if (streaming) stream({pointer}, {pointers[address]}, inner * sizeof(float));")
+
+    def _stored(self, slot: int) -> list[int]:
+        return [s for source in self.made[slot][0] for s in self._stored(source)] if slot in self.made else [slot]
+
+    def _load(self, slot: int, texts: dict[int, str]) -> str:
+        if slot not in self.made:
+            return texts[slot]
+        sources, make = self.made[slot]
+        return make(*(self._load(s, texts) for s in sources))
+
+    # ------------------------------------------------------------------------------------------------------------- shapes
+
+    def is_whole(self, slot: int) -> bool:
+        return self._tensor(slot).shape == self.shape
+
+    def is_channel(self, slot: int, broadcasts: bool = False) -> bool:
+        """One value a channel; `broadcasts`: in a shape that stretches over whole values."""
+        shape, ones = tuple(self._tensor(slot).shape), (1,) * (len(self.shape) - 2)
+        c = self.shape[1]
+        return shape in ((c, *ones), (1, c, *ones)) or (not broadcasts and shape == (c,))
+
+    def _tensor(self, slot: int) -> torch.Tensor:
+        value = self.values[slot]
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
+            raise Unsupported
+        return value
+
+    # ------------------------------------------------------------------------------------------------------------ the whole
+
+    def source(self) -> ChannelSource:
+        self._declare()
+        body = self._body()
+        text = "\n".join(
+            [
+                comment(f"{self.name}: all steps of a channel at a time"),
+                "",
+                "#include <cstdint>",
+                prelude(self.helpers),
+                f'extern "C" void {self.name}(',
+                "    float* const* tensors, const int64_t* strides, int64_t steps, int64_t channels, int64_t rows,",
+                "    int64_t inner, bool streaming, int64_t threads, float* scratch) {",
+                *body,
+                "}",
+                "",
+            ]
+        )
+        return ChannelSource(self.name, text, len(self.buffers), self.shape)
+
+    def _declare(self) -> None:
+        """A pointer and strides for every tensor, in the order of `given` and `wanted`."""
+        self.tensor: dict[tuple[str, int], str] = {}
+        given = [(kind, g.slot, g.name) for g in self.given for kind in ("after", "init")[2 - g.tensors :]]
+        wanted = [(w.kind, w.slot, "") for w in self.wanted]
+        if len(set(wanted)) < len(wanted):
+            raise Unsupported
+        for i, (kind, slot, own) in enumerate(given + wanted):
+            name = self.tensor[kind, slot] = self.names.unique(f"{own}_{kind}" if kind == "after" else own or f"result_{i}")
+            self.line(f"float* const {name} = tensors[{i}];")
+            parts = [f"{name}_{part} = strides[{3 * i + j}]" for j, part in enumerate(("step", "row", "channel"))]
+            self.line(f"const int64_t {', '.join(parts)};")
+
+    def _address(self, name: str, slot: int, at: str | None) -> str:
+        step = f" + {at} * {name}_step" if at else ""
+        row = f" + row * {name}_row" if self.is_whole(slot) else ""
+        return f"{name}{step} + channel * {name}_channel{row}"
+
+    def _body(self) -> list[str]:
+        head, self.lines = self.lines, []
+        self.depth = 3
+        self._begin()
+        loop = "int64_t t = steps - 1; t >= 0; --t" if self.reverse else "int64_t t = 0; t < steps; ++t"
+        with self.braces(f"for ({loop})"):
+            self._step()
+        self._end()
+        inside, self.lines, self.depth = self.lines, head, 1
+        self.line("#pragma omp parallel for num_threads(threads) schedule(static, 1)")
+        with self.braces("for (int64_t thread = 0; thread < threads; ++thread)"):
+            for i, name in enumerate(self.buffers):
+                self.line(f"float* {name} = scratch + (thread * {len(self.buffers)} + {i}) * rows * inner;")
+            self.line("const int64_t end = channels * (thread + 1) / threads;")
+            with self.braces("for (int64_t channel = channels * thread / threads; channel < end; ++channel)"):
+                self.lines += inside
+        return self.lines
+
+    def _stage(self) -> str:
+        return self._buffer()
+
+    def _buffer(self) -> str:
+        self.buffers.append(self.names.unique(f"buffer_{len(self.buffers)}"))
+        return self.buffers[-1]
+
+    # ----------------------------------------------------------------------------------------------------- before the steps
+
+    def _begin(self) -> None:
+        for g in self.given:
+            if g.kind == "zero":
+                self.channel[g.slot] = "0.0f"
+                continue
+            whole = self.is_whole(g.slot)
+            if not whole and not self.is_channel(g.slot):
+                raise Unsupported
+            name = self.tensor["init", g.slot]
+            if g.kind == "const":
+                self._keep(g.slot, self._address(name, g.slot, None), whole)
+            elif g.kind == "carry":
+                self._begin_carry(g, name, whole)
+        for w in self.wanted:
+            if w.kind == "sum":
+                if not self.is_channel(w.slot):
+                    raise Unsupported
+                self.line(f"float {self.tensor['sum', w.slot]}_sum = 0.0f;")
+
+    def _keep(self, slot: int, address: str, whole: bool) -> None:
+        """A value of the channel in a variable, a whole value where it lies."""
+        if whole:
+            self.row[slot] = address
+        else:
+            name = self.channel[slot] = self.names.unique(f"c_{slot}")
+            self.line(f"const float {name} = *({address});")
+
+    def _begin_carry(self, g: Given, name: str, whole: bool) -> None:
+        if g.next is None or g.next in [other.slot for other in self.given]:
+            raise Unsupported
+        if not whole:
+            self.channel[g.slot] = carry = self.names.unique(f"carry_{g.slot}")
+            self.line(f"float {carry} = *({self._address(name, g.slot, None)});")
+            return
+        now, step = self.names.unique(f"now_{g.slot}"), self.names.unique(f"now_{g.slot}_step")
+        self.line(f"float* {now} = {self._address(name, g.slot, None).rsplit(' + row', 1)[0]};")
+        self.line(f"int64_t {step} = {name}_row;")
+        self.row[g.slot] = f"{now} + row * {step}"
+
+    # --------------------------------------------------------------------------------------------------------------- a step
+
+    def _step(self) -> None:
+        for g in self.given:
+            if g.kind == "series":
+                self._keep(g.slot, self._address(self.tensor["init", g.slot], g.slot, "t"), self.is_whole(g.slot))
+            elif g.kind == "before":
+                self._before(g)
+        for i, unit in enumerate(self.program.units):
+            if isinstance(unit, Region):
+                self._region(unit, self.program.units[i + 1 :])
+            else:
+                self._call(unit)
+        self._results_of_step()
+        self._next_carries()
+
+    def _before(self, g: Given) -> None:
+        """``t == 0 ? initial state : state after step t - 1``"""
+        init, after = self.tensor["init", g.slot], self.tensor["after", g.slot]
+        if not self.is_whole(g.slot):
+            raise Unsupported
+        name, step = self.names.unique(f"state_{g.slot}"), self.names.unique(f"state_{g.slot}_step")
+        first, later = (self._address(n, g.slot, at).rsplit(" + row", 1)[0] for n, at in ((init, None), (after, "(t - 1)")))
+        self.line(f"float* const {name} = t == 0 ? {first} : {later};")
+        self.line(f"const int64_t {step} = t == 0 ? {init}_row : {after}_row;")
+        self.row[g.slot] = f"{name} + row * {step}"
+
+    def _place(self, slot: int) -> None:
+        """Where a whole value goes: into its series, if it is wanted, or into a buffer."""
+        if slot in self.series:
+            self.row[slot] = self._address(self.tensor["series", slot], slot, "t")
+        elif slot in [g.next for g in self.given if g.kind == "carry"]:
+            self.row[slot] = f"{self._two_buffers()} + row * inner"
+        else:
+            self.row[slot] = f"{self._buffer()} + row * inner"
+
+    def _two_buffers(self) -> str:
+        """A state is read while the next one is written."""
+        even, odd, here = self._buffer(), self._buffer(), self.names.unique("next_state")
+        self.line(f"float* const {here} = t % 2 ? {odd} : {even};")
+        return here
+
+    def _region(self, unit: Region, rest: Sequence[Region | Call]) -> None:
+        graph = unit.kernel.step.graph
+        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        shape = torch.Size(unit.kernel.meta["shape"])
+        whole = shape == self.shape
+        nodes, made = [n for n in graph.nodes if n.op == "call_function"], results(graph)
+        if not whole and not all(self.is_channel(o) for o in unit.outputs):
+            raise Unsupported
+        for slot in (*unit.inputs, *unit.outputs):
+            if self._tensor(slot).dim() and not (whole and self.is_whole(slot)) and not self.is_channel(slot, broadcasts=whole):
+                raise Unsupported
+        emitter = Emitter(self.names.copy() if whole else self.names, helpers=self.helpers, is_scalar=not whole)
+        operands = dict(zip(placeholders, unit.inputs, strict=True))
+        if not whole:
+            emitter.values = {p: Text(self._of_channel(s), torch.float32) for p, s in operands.items()}
+            self.line(*emitter.statements(nodes, made))  # type: ignore[arg-type]
+            for slot, node in zip(unit.outputs, made, strict=True):
+                self.channel[slot] = self.names.unique(f"c_{slot}")
+                self.line(f"const float {self.channel[slot]} = {emitter.value(node, torch.float32)};")
+            return
+        for slot in unit.outputs:
+            self._place(slot)
+        read = [s for s in unit.inputs if s in self.row or s in self.made]
+        given = {s: self._address(self.tensor["series", s], s, "t") for s in read if s in self.made and s in self.series}
+        calls = [call for call in rest if isinstance(call, Call)]
+        sums = [s for call in calls for s in self._sums(call, unit)]
+        read += [
+            s for call in calls if call.output in self.summed for s in _summed(call) if s in self.row and s not in unit.outputs
+        ]
+        read = list(dict.fromkeys(read))
+        self.line(*(f"double {s.name} = 0.0;" for s in sums))
+        streamed = [self.row[o] for o in unit.outputs if o in self.series and not self._is_read_again(o, rest)]
+        streamed += [address for s, address in given.items() if not self._is_read_again(s, rest)]
+        with self.lanes(read, sums, [self.row[o] for o in unit.outputs] + list(given.values()), streamed) as lane:
+            here = dict(lane.values)
+            for placeholder, slot in operands.items():
+                if slot in read:
+                    name = here[slot] = emitter.names.unique(placeholder.meta.get("user_name") or placeholder.name)
+                    self.line(f"const float {name} = {self._load(slot, lane.values)};")
+                    emitter.values[placeholder] = Text(name, torch.float32)
+                else:
+                    emitter.values[placeholder] = Text(self._of_channel(slot), torch.float32)
+            self.line(*emitter.statements(nodes, made))  # type: ignore[arg-type]
+            here |= {slot: emitter.value(node, torch.float32) for slot, node in zip(unit.outputs, made, strict=True)}
+            stores = {**{slot: self.row[slot] for slot in unit.outputs}, **given}
+            self.line(*(f"{lane.targets[address]} = {here[slot]};" for slot, address in stores.items()))
+            self.line(*(f"{s.partial} += {s.of(here)};" for s in sums))
+        for slot, address in given.items():
+            self.row[slot] = address
+            del self.made[slot]
+
+    def _is_read_again(self, slot: int, rest: Sequence[Region | Call]) -> bool:
+        """Soon, by a unit of this step or as a state of the next."""
+        read = [
+            i for u in rest for i in (u.inputs if isinstance(u, Region) else [a.index for a in u.args if isinstance(a, Slot)])
+        ]
+        return slot in read or slot in [g.next for g in self.given if g.kind == "carry"]
+
+    def _of_channel(self, slot: int) -> str:
+        if slot not in self.channel:
+            raise Unsupported
+        return self.channel[slot]
+
+    # ---------------------------------------------------------------------------------------------------------------- calls
+
+    def _call(self, unit: Call) -> None:
+        if unit.target is getitem:
+            self._part(unit)
+        elif unit.target in RESHAPES:
+            (slot, *_) = unit.args
+            if not isinstance(slot, Slot) or not self.is_channel(unit.output):
+                raise Unsupported
+            self.channel[unit.output] = self._of_channel(slot.index)
+        elif unit.target is aten.native_batch_norm.default:
+            self._batch_norm(unit)
+        elif unit.target is aten.native_batch_norm_backward.default:
+            self._batch_norm_backward(unit)
+        else:
+            raise Unsupported
+
+    def _part(self, unit: Call) -> None:
+        source, i = unit.args
+        parts = self.parts.get(source.index, ()) if isinstance(source, Slot) else ()
+        if not isinstance(i, int) or i >= len(parts):
+            raise Unsupported
+        part = parts[i]
+        if isinstance(part, str):
+            self.channel[unit.output] = part
+        else:
+            self.made[unit.output] = part
+
+    def _sums(self, call: Call, region: Region) -> list[Sum]:
+        """Sums over the channel that `call` needs, where `region` makes what is summed: added up in its loop."""
+        slots = _summed(call)
+        if not any(s in region.outputs for s in slots) or not all(s in region.outputs or s in self.row for s in slots):
+            return []
+        sums = self._first_pass(call)
+        self.summed[call.output] = [s.name for s in sums]
+        return sums
+
+    def _first_pass(self, call: Call) -> list[Sum]:
+        if call.target is aten.native_batch_norm.default:
+            (h,) = _summed(call)
+            total = self.names.unique(f"total_{call.output}")
+            return [Sum(total, lambda texts: texts[h], total)]
+        g, h = _summed(call)
+        mean = self._of_channel(call.args[5].index)  # type: ignore[union-attr, attr-defined]
+        total, product = (self.names.unique(f"{n}_{call.output}") for n in ("total", "product"))
+        # (gradients are equal to rounding: a row is summed in fp32)
+        return [
+            Sum(total, lambda texts: texts[g], self.names.unique(f"row_{total}")),
+            Sum(product, lambda texts: f"{texts[g]} * ({texts[h]} - {mean})", self.names.unique(f"row_{product}")),
+        ]
+
+    def _totals(self, unit: Call, slots: Sequence[int]) -> list[str]:
+        """The names of the sums of the first pass; its loop, where no region has run it."""
+        if unit.output in self.summed:
+            return self.summed[unit.output]
+        if any(s not in self.row and s not in self.made for s in slots):
+            raise Unsupported
+        sums = self._first_pass(unit)
+        self.line(*(f"double {s.name} = 0.0;" for s in sums))
+        with self.lanes(slots, sums) as lane:
+            here = {s: self._load(s, lane.values) for s in slots}
+            self.line(*(f"{s.partial} += {s.of(here)};" for s in sums))
+        return [s.name for s in sums]
+
+    def _batch_norm(self, unit: Call) -> None:
+        """Mean and variance in two passes over the channel, summed in fp64 and rounded where eager rounds.
+
+        (batch_norm_cpu_collect_stats_contiguous_impl, batch_norm_cpu_update_stats_template)
+        """
+        h, weight, bias, mean_, var_, training, _, eps = unit.args
+        if training is not True or mean_ is not None or var_ is not None or not isinstance(h, Slot):
+            raise Unsupported
+        (total,) = self._totals(unit, [h.index])
+        mean, invstd, scale, shift = (self.names.unique(f"{n}_{unit.output}") for n in ("mean", "invstd", "scale", "shift"))
+        squares = self.names.unique(f"squares_{unit.output}")
+        self.line(f"const float {mean} = float({total} / (rows * inner));", f"double {squares} = 0.0;")
+        with self.lanes([h.index], [Sum(squares, lambda _: "", squares)]) as lane:
+            self.line(
+                f"const float distance = {self._load(h.index, lane.values)} - {mean};", f"{squares} += distance * distance;"
+            )
+        self.line(f"const float {invstd} = float(1.0 / __builtin_sqrt(float({squares}) / float(rows * inner) + {eps!r}));")
+        factor = f"{invstd} * {self._of_channel(weight.index)}" if isinstance(weight, Slot) else invstd
+        offset = self._of_channel(bias.index) if isinstance(bias, Slot) else "0.0f"
+        self.line(f"const float {scale} = {factor}, {shift} = __builtin_fmaf(-{mean}, {scale}, {offset});")
+        y = ((h.index,), lambda value: f"__builtin_fmaf({value}, {scale}, {shift})")
+        self.parts[unit.output] = (y, mean, invstd)
+
+    def _batch_norm_backward(self, unit: Call) -> None:
+        """``grad_h = (g - E[g] - (h - mean)*E[g*(h - mean)]*invstd**2)*invstd*weight``, all means over the channel."""
+        g, h, weight, mean_, var_, mean, invstd, training, *_ = unit.args
+        if training is not True or mean_ is not None or var_ is not None:
+            raise Unsupported
+        if not (isinstance(g, Slot) and isinstance(h, Slot) and isinstance(mean, Slot) and isinstance(invstd, Slot)):
+            raise Unsupported
+        m, inv = self._of_channel(mean.index), self._of_channel(invstd.index)
+        total, product = self._totals(unit, [g.index, h.index])
+        center, slope, factor = (self.names.unique(f"{n}_{unit.output}") for n in ("center", "slope", "factor"))
+        self.line(f"const float {center} = float({total} / (rows * inner));")
+        self.line(f"const float {slope} = float({product} / (rows * inner)) * {inv} * {inv};")
+        self.line(f"const float {factor} = {inv}{f' * {self._of_channel(weight.index)}' if isinstance(weight, Slot) else ''};")
+        grad_h = ((g.index, h.index), lambda a, b: f"({a} - {center} - ({b} - {m}) * {slope}) * {factor}")
+        grad_weight, grad_bias = (self.names.unique(f"{n}_{unit.output}") for n in ("grad_weight", "grad_bias"))
+        self.line(f"const float {grad_weight} = float({product}) * {inv}, {grad_bias} = float({total});")
+        self.parts[unit.output] = (grad_h, grad_weight, grad_bias)
+
+    # ------------------------------------------------------------------------------------------------------ after the units
+
+    def _results_of_step(self) -> None:
+        for w in self.wanted:
+            if w.kind == "sum":
+                self.line(f"{self.tensor['sum', w.slot]}_sum += {self._of_channel(w.slot)};")
+            elif w.kind == "series":
+                self._store(w.slot, self._address(self.tensor["series", w.slot], w.slot, "t"))
+
+    def _store(self, slot: int, address: str) -> None:
+        """A value that is not there yet goes to where it is wanted."""
+        if self.row.get(slot) == address:
+            return
+        if not self.is_whole(slot):
+            self.line(f"*({address}) = {self._of_channel(slot)};")
+            return
+        if slot not in self.row and slot not in self.made:
+            raise Unsupported
+        with self.lanes([slot], also=[address]) as lane:
+            self.line(f"{lane.targets[address]} = {self._load(slot, lane.values)};")
+        self.row[slot] = address
+        self.made.pop(slot, None)
+
+    def _next_carries(self) -> None:
+        carried = [g for g in self.given if g.kind == "carry"]
+        for g in carried:
+            assert g.next is not None
+            if self.is_whole(g.slot):
+                if g.next not in self.row or not self.is_whole(g.next):
+                    raise Unsupported
+                pointer, step = self.row[g.next].rsplit(" + row * ", 1)
+                now, now_step = self.row[g.slot].rsplit(" + row * ", 1)
+                self.line(f"{now} = {pointer};", f"{now_step} = {step};")
+            else:
+                self.line(f"{self.channel[g.slot]} = {self._of_channel(g.next)};")
+
+    def _end(self) -> None:
+        for w in self.wanted:
+            name = self.tensor[w.kind, w.slot]
+            if w.kind == "sum":
+                self.line(f"*({self._address(name, w.slot, None)}) = {name}_sum;")
+            elif w.kind == "final":
+                self._store_final(w.slot, self._address(name, w.slot, None))
+
+    def _store_final(self, slot: int, address: str) -> None:
+        if not self.is_whole(slot):
+            self.line(f"*({address}) = {self.channel[slot]};")
+            return
+        with self.lanes([slot], also=[address]) as lane:
+            self.line(f"{lane.targets[address]} = {lane.values[slot]};")
+
+
+def _summed(call: Call) -> tuple[int, ...]:
+    """The slots that the first pass of a batch norm, or of its backward, sums over the channel."""
+    count = {aten.native_batch_norm.default: 1, aten.native_batch_norm_backward.default: 2}.get(call.target, 0)  # type: ignore[call-overload]
+    return tuple(a.index for a in call.args[:count] if isinstance(a, Slot))
+
+
+def examples_of(gm: fx.GraphModule) -> list[Any]:
+    """An example of each slot of a program: placeholders and ops in the order of its graph."""
+    return [n.meta.get("val") for op in ("placeholder", "call_function") for n in gm.graph.nodes if n.op == op]

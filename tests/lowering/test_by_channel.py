@@ -1,0 +1,207 @@
+"""Steps with batch norm of the potential, run channel by channel: eager's bits forward, its statistics, its gradients."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.utils import counters
+
+import snn_compile
+from snn_compile import neuron
+from snn_compile.lowering import by_channel
+from tests.passes.capture import Spike
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Kernels run, by direction of their entry."""
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    found: list[str] = []
+    run = by_channel.ChannelKernel.__call__
+
+    def spy(self, operands, steps):
+        found.append(self.source.entry.rsplit("_", 1)[1])
+        return run(self, operands, steps)
+
+    monkeypatch.setattr(by_channel.ChannelKernel, "__call__", spy)
+    return found
+
+
+class Layer(nn.Module):
+    """A neuron written out in `step`; the normalisation is a module, so that its running statistics are seen."""
+
+    def __init__(self, channels, affine=True, norms=1, dim=0):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=affine, momentum=0.3)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(norms))
+        self.dim = dim
+        if affine:
+            nn.init.normal_(self.norm.weight)
+            nn.init.normal_(self.norm.bias)
+
+    def step(self, v, x):
+        h = self.norm(v + (x - v) / 2.0)
+        s = Spike.apply(h - 0.5)
+        return s, h * (1.0 - s)
+
+    def forward(self, x, v):
+        out = []
+        for t in range(x.shape[0]):
+            s, v = self.step(v, x[t])
+            out.append(s)
+        return torch.stack(out, self.dim), v
+
+
+class Raw(Layer):
+    """The raw potential goes on, and the normalised one is a result."""
+
+    def step(self, v, x):
+        v = 0.9 * v + x
+        h = self.norm(v)
+        s = Spike.apply(h - 0.5)
+        return h + s, v - s.detach()
+
+
+class Two(Layer):
+    """Two batch norms in a step, one behind the other."""
+
+    def __init__(self, channels, **kwargs):
+        super().__init__(channels, norms=2, **kwargs)
+
+    def step(self, v, x):
+        h = self.norms[0](v * 0.5 + x)
+        s = Spike.apply(self.norms[1](h * h) - 0.2)
+        return s, h - s
+
+
+class Scaled(Layer):
+    """A decay a channel, learnable, in the step."""
+
+    def __init__(self, channels, **kwargs):
+        super().__init__(channels, **kwargs)
+        self.decay = nn.Parameter(torch.rand(channels, 1, 1))
+
+    def step(self, v, x):
+        h = self.norm(torch.sigmoid(self.decay) * v + x)
+        s = Spike.apply(h - 0.5)
+        return s, h - s
+
+
+LAYERS = {
+    "hard reset": Layer,
+    "no weights": lambda c: Layer(c, affine=False),
+    "raw potential carried": Raw,
+    "two norms": Two,
+    "time last": lambda c: Layer(c, dim=-1),
+}
+SHAPES = {
+    "odd sizes": (5, 3, 7, 3, 5),
+    "two steps": (2, 2, 3, 2, 2),
+    "one channel": (4, 3, 1, 4, 4),
+    "more rows than lanes": (3, 17, 2, 1, 2),
+    "streamed": (9, 16, 8, 16, 16),
+}
+
+
+def run(layer, x, v, weights):
+    x, v = x.clone().requires_grad_(), v.clone().requires_grad_()
+    y, last = layer(x, v)
+    (y * weights[: y.numel()].view(y.shape)).sum().backward(retain_graph=True)
+    last.square().sum().backward()
+    return [y, last], [x.grad, v.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_against_eager(calls, layer, shape):
+    eager = layer(shape[2])
+    ours = copy.deepcopy(eager)
+    x, v, weights = torch.randn(shape) + 0.3, torch.randn(shape[1:]), torch.randn(shape).flatten()
+    compiled = torch.compile(ours, backend="snn", fullgraph=True, options={"strict": True})
+    for _ in range(2):  # the second call goes on from the first one's running statistics
+        expected, expected_gradients = run(eager, x, v, weights)
+        found, gradients = run(compiled, x, v, weights)
+    assert calls == ["forward", "backward", "backward"] * 2 and counters["snn_compile"]["recurrences_stepped"] == 1
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(eager.buffers(), ours.buffers(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6)
+    for a, b in zip(expected_gradients, gradients, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * a.abs().max().item())
+
+
+def test_library_neuron_of_the_size_in_papers(calls):
+    eager = neuron.MPBNLIFNode(out_channels=16, step_mode="m")
+    ours = copy.deepcopy(eager)
+    x = torch.randn(8, 8, 16, 8, 8)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    spikes = [eager(inputs[0]), torch.compile(ours, backend="snn")(inputs[1])]
+    for y in spikes:
+        y.square().mean().backward()
+    assert torch.equal(*spikes) and torch.equal(eager.v, ours.v) and calls == ["forward", "backward"]
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-4, atol=1e-9)
+    assert "channel by channel" in str(snn_compile.explain(copy.deepcopy(ours))(x))
+
+
+def test_without_gradients(calls):
+    eager = Layer(5)
+    ours = copy.deepcopy(eager)
+    x, v = torch.randn(6, 3, 5, 4, 4), torch.zeros(3, 5, 4, 4)
+    with torch.no_grad():
+        a, b = eager(x, v), torch.compile(ours, backend="snn")(x, v)
+    assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True)) and calls == ["forward"]
+    torch.testing.assert_close(ours.norm.running_var, eager.norm.running_var)
+
+
+@pytest.mark.parametrize("threads", (1, 3))
+def test_any_number_of_threads(calls, threads):
+    before = torch.get_num_threads()
+    eager = Layer(5)
+    x, v, weights = torch.randn(4, 3, 5, 4, 4), torch.randn(3, 5, 4, 4), torch.randn(4 * 3 * 5 * 16)
+    try:
+        torch.set_num_threads(threads)
+        expected, found = (run(f, x, v, weights)[0] for f in (eager, torch.compile(copy.deepcopy(eager), backend="snn")))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(p, q) for p, q in zip(expected, found, strict=True)) and calls
+
+
+@pytest.mark.parametrize("case", ("channels last", "fp64", "a layer norm beside it", "statistics of one sample"))
+def test_near_misses_run_as_before(calls, case):
+    class Other(Layer):
+        def step(self, v, x):
+            if case == "a layer norm beside it":
+                v = F.layer_norm(v, v.shape[1:])
+            h = F.instance_norm(v + x) if case == "statistics of one sample" else self.norm(v * 0.5 + x)
+            s = Spike.apply(h - 0.5)
+            return s, h * (1.0 - s)
+
+    eager = Other(6)
+    x, v = torch.randn(5, 3, 6, 4, 4), torch.randn(3, 6, 4, 4)
+    if case == "channels last":
+        x = x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+        v = v.contiguous(memory_format=torch.channels_last)
+    if case == "fp64":
+        eager, x, v = eager.double(), x.double(), v.double()
+    ours = copy.deepcopy(eager)
+    weights = torch.randn(x.numel(), dtype=x.dtype)
+    expected, found = (run(f, x, v, weights)[0] for f in (eager, torch.compile(ours, backend="snn")))
+    assert not calls
+    assert (expected[0] == found[0]).float().mean() > 0.99
+
+
+def test_kernel_is_readable():
+    torch._dynamo.reset()
+    source = []
+    load = by_channel.compiler.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(by_channel.compiler, "load", lambda text: source.append(text) or load(text))
+        layer = Layer(3)
+        torch.compile(layer, backend="snn")(torch.randn(4, 2, 3, 2, 2), torch.zeros(2, 3, 2, 2))
+    (forward,) = (text for text in source if "_forward(" in text and "of a channel at a time" in text)
+    assert forward.count("for (int64_t i = 0; i < inner; ++i)") == 4  # charge and sum; variance; fire and reset; last state
+    assert forward.count("__builtin_fmaf(") == 2 and "sqrt" in forward
