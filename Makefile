@@ -9,7 +9,7 @@ PEERS := spikingjelly==2.0.0 snntorch==1.0.0 norse==1.1.0 sinabs==3.1.3 nir nirt
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup demo test check lint types accept bench wheel clean
+.PHONY: help setup demo test check lint types accept bench bench-check wheel clean
 
 # Inductor does not quote -L<folder of torch>/lib in its link command (torch 2.13), so in a path with a space Python is
 # started through a link to this folder whose own path has none.
@@ -25,7 +25,8 @@ help:
 	@echo "make test    lint, types and every test"
 	@echo "make check   lint, types and the tests that are not slow"
 	@echo "make lint    ruff                      make types   mypy"
-	@echo "make accept  rewrite the golden texts  make bench   the benchmarks (minutes)"
+	@echo "make accept  rewrite the golden texts  make bench   the benchmarks (a quarter of an hour)"
+	@echo "make bench-check  a few rows of them, against what is committed"
 	@echo "make wheel   dist/*.whl and *.tar.gz   make clean   remove .venv, builds and caches"
 
 setup: .venv/.stamp
@@ -60,6 +61,9 @@ accept: setup
 
 bench: setup
 	@$(PY) benchmarks/run.py
+
+bench-check: setup
+	@$(PY) benchmarks/neurons.py --check
 
 wheel: setup
 	@rm -rf build dist

@@ -3,7 +3,7 @@
     python benchmarks/first_call.py
 
 Dynamo's trace of the same function, compiled with ``backend="eager"``, is taken off. The first process starts with an empty
-cache and has compiled something else before; the second finds the caches warm. Inductor beside it at T = 16 and 64.
+cache and has compiled something else before; the second finds the caches warm. Inductor beside it up to T = 64.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def in_this_process(steps: list[int], inductor: list[int]) -> list[dict[str, str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, nargs="+", default=[16, 64, 256])
-    parser.add_argument("--inductor", type=int, nargs="*", default=[16, 64])
+    parser.add_argument("--steps", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512])
+    parser.add_argument("--inductor", type=int, nargs="*", default=[8, 16, 32, 64])
     args = parser.parse_args()
     if args.child:
         print(json.dumps(in_this_process(args.steps, args.inductor)))

@@ -44,7 +44,8 @@ class Row:
 
 def make(name: str, library=neuron) -> nn.Module:  # type: ignore[no-untyped-def]
     arguments = {"EIFNode": {"delta_T": 1.0, "theta_rh": 0.8}}.get(name, {})
-    node: nn.Module = getattr(library, name)(step_mode="m", **arguments)
+    node: nn.Module = getattr(library, name)(**arguments)
+    node.step_mode = "m"
     return node
 
 

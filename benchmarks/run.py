@@ -1,4 +1,4 @@
-"""All benchmarks, each in its own process: ``make bench``."""
+"""All benchmarks, each in its own process, then the tables and pictures: ``make bench``."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NAMES = ("first_call", "lif_training")
+NAMES = ("neurons", "networks", "stepped", "lif_training", "first_call")
 
 
 def main() -> None:
     for name in sys.argv[1:] or NAMES:
         print(f"\n## {name}\n", flush=True)
         subprocess.run([sys.executable, str(HERE / f"{name}.py")], check=True)
+    if not sys.argv[1:]:
+        for name in ("charts", "render"):
+            subprocess.run([sys.executable, str(HERE / f"{name}.py")], check=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["detach_net", "reset_net", "set_step_mode"]
+__all__ = ["detach_net", "reset_net", "set_step_mode", "set_time_loop"]
 
 
 def reset_net(net: nn.Module) -> None:
@@ -41,3 +41,19 @@ def set_step_mode(net: nn.Module, step_mode: str) -> None:
     if not getattr(net, "steps_its_children", False):
         for child in net.children():
             set_step_mode(child, step_mode)
+
+
+def set_time_loop(net: nn.Module, time_loop: str) -> None:
+    """Set how every stateful module of `net` runs over time in multi-step mode.
+
+    "python": the plain loop, which `torch.compile` traces step by step, in time proportional to T. "scan":
+    `torch._higher_order_ops.scan`, of which it traces one step; for long sequences, T = 1000 and more. Both give the same values;
+    without `torch.compile`, "scan" is the slower one.
+
+    Raises: ValueError where `time_loop` is neither.
+    """
+    if time_loop not in ("python", "scan"):
+        raise ValueError(f"time_loop must be one of 'python', 'scan', but is {time_loop!r}")
+    for module in net.modules():
+        if hasattr(module, "time_loop"):
+            setattr(module, "time_loop", time_loop)  # noqa: B010  (nn.Module types its attributes)

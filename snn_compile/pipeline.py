@@ -40,6 +40,7 @@ from snn_compile.passes.grow_states import grow_states
 from snn_compile.passes.hoist import find_invariant, hoist
 from snn_compile.passes.hoist_creations import hoist_creations
 from snn_compile.passes.reroll import reroll
+from snn_compile.passes.roll_scan import roll_scans
 from snn_compile.passes.specialize import drop_unread_sizes, fold_sizes, specialize_floats
 from snn_compile.passes.unroll import restore_writes, unroll
 
@@ -67,6 +68,7 @@ PASSES = (
     ("decompose", "an opaque neuron op becomes the plain loop registered for it"),
     ("functionalize", "writes into loop-local tensors become values"),
     ("hoist_creations", "constant tensors are made once, before everything else"),
+    ("roll_scan", "a `torch._higher_order_ops.scan` becomes one Loop"),
     ("reroll", "T equal iterations become one Loop"),
     ("fold_batch_norm", "a batch norm with fixed statistics in a neuron becomes a multiply-add"),
     ("hoist", "loop-invariant work runs once"),
@@ -125,8 +127,10 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     functionalize(work)
     hoist_creations(work)
     dump(work, "1_functionalize")
-    loops, rejections = reroll(work, lambda loop: _why_not(loop, config), config.min_steps)
-    report.loops, report.rejections = loops, report.rejections + rejections
+    loops, rejections = roll_scans(work, lambda loop: _why_not(loop, config), config.min_steps)
+    rerolled, refused = reroll(work, lambda loop: _why_not(loop, config), config.min_steps)
+    loops += rerolled
+    report.loops, report.rejections = loops, report.rejections + rejections + refused
     counters["snn_compile"]["loops_rerolled"] += len(loops)
     dump(work, "2_reroll")
     for call, loop in _calls(work):

@@ -32,6 +32,8 @@ class StatefulModule(nn.Module):
     """
 
     step_modes: tuple[str, ...] = ("s", "m")
+    #: how a multi-step call runs over time: "python", a plain loop, or "scan" (`functional.set_time_loop`)
+    time_loop: str = "python"
 
     #: step(x, *states) -> (y, *states): one time step; each subclass gives it its own arguments
     step: Callable[..., tuple[Tensor, ...]]
@@ -65,12 +67,16 @@ class StatefulModule(nn.Module):
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         check_sequence(x_seq)
         states = self.states_for(x_seq[0])
-        y_seq = []
+        if self.time_loop == "scan":
+            states, y_seq = scan_over_time(self.step, states, x_seq)
+            self.keep(states)
+            return y_seq
+        ys = []
         for x in x_seq.unbind(0):
             y, *states = self.step(x, *states)
-            y_seq.append(y)
+            ys.append(y)
         self.keep(states)
-        return torch.stack(y_seq)
+        return torch.stack(ys)
 
     # ------------------------------------------------------------------------------------------------- the states
 
@@ -127,6 +133,20 @@ class StatefulModule(nn.Module):
     def __getstate__(self) -> dict:
         """For copy.deepcopy and pickle: the states go along as values, without their autograd graph."""
         return self.__dict__ | {name: value.detach() for name, value in self._carried()}
+
+
+def scan_over_time(step: Callable[..., tuple[Tensor, ...]], states: list[Tensor], x_seq: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The same loop as a `torch` scan: a compiler traces one step of it, however many there are.
+
+    (Private in torch 2.11 to 2.13, hence imported where it is asked for; results of a step may not be one tensor: clones.)
+    """
+    from torch._higher_order_ops.scan import scan
+
+    def body(carried: list[Tensor], x: Tensor) -> tuple[list[Tensor], Tensor]:
+        y, *following = step(x, *carried)
+        return [state.clone() for state in following], y.clone()
+
+    return scan(body, states, x_seq, dim=0)  # type: ignore[no-any-return]
 
 
 def describe(x: Tensor) -> str:

@@ -1,0 +1,109 @@
+"""Pictures of the committed results: ``python benchmarks/charts.py`` writes docs/pictures/*.png."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).parent / "results"
+PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
+#: one hue a framework, in every picture
+COLOURS = {"eager": "#9aa5b1", "spikingjelly": "#c9a227", "inductor": "#5b8db8", "snn": "#c44536"}
+NAMES = {"eager": "eager", "spikingjelly": "SpikingJelly 2.0", "inductor": "Inductor", "snn": 'backend="snn"'}
+
+
+def read(name: str) -> list[dict[str, str]]:
+    with (RESULTS / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def plain(axis: plt.Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="both", color="#e4e7eb", linewidth=0.6)
+    axis.set_axisbelow(True)
+
+
+def save(figure: plt.Figure, name: str, rows: list[dict[str, str]]) -> None:
+    about = next(r for r in rows if r["machine"])
+    figure.text(
+        0.99, 0.005, f"{about['machine']}, torch {about['torch']}, {about['date']}", ha="right", fontsize=7, color="#616e7c"
+    )
+    PICTURES.mkdir(exist_ok=True)
+    figure.savefig(PICTURES / f"{name}.png", dpi=130, bbox_inches="tight")
+    plt.close(figure)
+
+
+def speeds() -> None:
+    """Training step of each network and recurrence, relative to eager."""
+    rows = [{**r, "what": r["network"]} for r in read("networks_cpu")]
+    rows += [{**r, "what": r["recurrence"]} for r in read("stepped_cpu")]
+    names = list(dict.fromkeys(r["what"] for r in rows))
+    figure, axis = plt.subplots(figsize=(7.5, 0.52 * len(names) + 0.8))
+    for place, name in enumerate(reversed(names)):
+        mine = {r["framework"]: float(r["speed_vs_eager"]) for r in rows if r["what"] == name}
+        shown = [f for f in ("snn", "inductor") if f in mine]
+        for i, framework in enumerate(shown):
+            at = place + 0.2 * (1 - 2 * i)
+            axis.barh(at, mine[framework], 0.36, color=COLOURS[framework])
+            axis.text(mine[framework] + 0.1, at, f"{mine[framework]:.1f}", va="center", fontsize=8)
+    axis.axvline(1.0, color=COLOURS["eager"], linewidth=1.5)
+    axis.set_yticks(range(len(names)), reversed(names), fontsize=8)
+    axis.set_xlabel("times faster than eager (grey line); no bar: Inductor would compile for very long")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[f]) for f in ("snn", "inductor")]
+    axis.legend(handles, [NAMES[f] for f in ("snn", "inductor")], frameon=False, loc="lower right")
+    plain(axis)
+    save(figure, "networks", rows)
+
+
+def first_calls() -> None:
+    """First call against T."""
+    rows = [r for r in read("first_call") if r["process"].startswith("cold")]
+    figure, axis = plt.subplots(figsize=(6.5, 3.6))
+
+    def line(points: Iterable[tuple[int, float]], framework: str, label: str, style: str = "-") -> None:
+        axis.plot(*zip(*points, strict=True), style, marker="o", markersize=4, color=COLOURS[framework], label=label)
+
+    trace = {int(r["T"]): float(r["dynamo_s"]) for r in rows}
+    inductor = [(int(r["T"]), float(r["inductor_beyond_dynamo_s"])) for r in rows if r["inductor_beyond_dynamo_s"]]
+    line([(t, trace[t] + s) for t, s in inductor], "inductor", NAMES["inductor"])
+    line([(int(r["T"]), trace[int(r["T"])] + float(r["snn_beyond_dynamo_s"])) for r in rows], "snn", NAMES["snn"])
+    line(list(trace.items()), "eager", "Dynamo's trace alone", "--")
+    axis.set(xscale="log", yscale="log", xlabel="time steps T", ylabel="first call [s]")
+    axis.set_xticks(list(trace), [str(t) for t in trace])
+    axis.minorticks_off()
+    axis.legend(frameon=False)
+    plain(axis)
+    save(figure, "first_call", rows)
+
+
+def over_steps_and_lanes() -> None:
+    """A LIF layer's training step, per element, against T and against N."""
+    rows = [r for r in read("neurons_cpu") if r["row"].startswith("LIFNode T=")]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    for axis, vary, fixed in ((axes[0], "T", "N=65536"), (axes[1], "N", "T=64")):
+        for framework in COLOURS:
+            points = []
+            for name, *sizes in ([*r["row"].split(), r] for r in rows if r["framework"] == framework):
+                *sizes, row = sizes
+                if name == "LIFNode" and len(sizes) == 2 and fixed in sizes:
+                    of = {k: int(v) for k, v in (part.split("=") for part in sizes)}
+                    points.append((of[vary], float(row["median_ms"]) * 1e6 / (of["T"] * of["N"])))
+            style = {"marker": "o", "markersize": 4, "color": COLOURS[framework], "label": NAMES[framework]}
+            axis.plot(*zip(*sorted(points), strict=True), **style)
+        axis.set(xscale="log", yscale="log", xlabel=f"{vary}, {fixed}")
+        plain(axis)
+    axes[0].set_ylabel("training step, ns per step and lane")
+    axes[0].legend(frameon=False, fontsize=8)
+    save(figure, "lif", rows)
+
+
+if __name__ == "__main__":
+    speeds()
+    first_calls()
+    over_steps_and_lanes()
