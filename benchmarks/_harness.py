@@ -53,6 +53,18 @@ def lif_index(x: Tensor) -> Tensor:
     return torch.stack(out)
 
 
+def lif_scan(x: Tensor) -> Tensor:
+    """The same neuron as a `scan`, of which one step is traced."""
+    from torch._higher_order_ops.scan import scan
+
+    def step(v: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
+        h = v + (xt - v) / 2.0
+        s = Sigmoid.apply(h - 1.0)
+        return h * (1.0 - s), s.clone()
+
+    return scan(step, torch.zeros_like(x[0]), x)[1]  # type: ignore[no-any-return]
+
+
 def interleaved(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Seconds of a call in a row of calls, as in training; the functions take turns, so that a slow minute hits all of them."""
     times: dict[str, list[float]] = {name: [] for name in functions}

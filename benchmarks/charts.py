@@ -74,6 +74,7 @@ def first_calls() -> None:
     line([(t, trace[t] + s) for t, s in inductor], "inductor", NAMES["inductor"])
     line([(int(r["T"]), trace[int(r["T"])] + float(r["snn_beyond_dynamo_s"])) for r in rows], "snn", NAMES["snn"])
     line(list(trace.items()), "eager", "Dynamo's trace alone", "--")
+    line([(int(r["T"]), float(r["snn_scan_s"])) for r in rows], "snn", f"{NAMES['snn']}, written as a scan", ":")
     axis.set(xscale="log", yscale="log", xlabel="time steps T", ylabel="first call [s]")
     axis.set_xticks(list(trace), [str(t) for t in trace])
     axis.minorticks_off()

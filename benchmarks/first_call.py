@@ -3,7 +3,8 @@
     python benchmarks/first_call.py
 
 Dynamo's trace of the same function, compiled with ``backend="eager"``, is taken off. The first process starts with an empty
-cache and has compiled something else before; the second finds the caches warm. Inductor beside it up to T = 64.
+cache and has compiled something else before; the second finds the caches warm. Inductor beside it up to T = 64. `snn_scan_s`:
+the whole first call of the same neuron written as a `scan`.
 """
 
 from __future__ import annotations
@@ -15,18 +16,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 
 import torch
-from _harness import lif_index, machine, markdown, write
+from _harness import lif_index, lif_scan, machine, markdown, write
+from torch import Tensor
 
 LANES = 4096
 
 
-def first_call(backend: str, steps: int) -> float:
+def first_call(backend: str, steps: int, function: Callable[[Tensor], Tensor] = lif_index) -> float:
     torch._dynamo.reset()
     x = torch.randn(steps, LANES, requires_grad=True)
     start = time.perf_counter()
-    torch.compile(lif_index, backend=backend)(x).sum().backward()
+    torch.compile(function, backend=backend)(x).sum().backward()
     return time.perf_counter() - start
 
 
@@ -39,6 +42,7 @@ def in_this_process(steps: list[int], inductor: list[int]) -> list[dict[str, str
     for t in steps:
         trace = min(first_call("eager", t) for _ in range(2))
         row = {"T": str(t), "dynamo_s": f"{trace:.2f}", "snn_beyond_dynamo_s": f"{first_call('snn', t) - trace:.2f}"}
+        row["snn_scan_s"] = f"{first_call('snn', t, lif_scan):.2f}"
         row["inductor_beyond_dynamo_s"] = f"{first_call('inductor', t) - trace:.1f}" if t in inductor else ""
         rows.append(row)
     return rows
@@ -47,7 +51,7 @@ def in_this_process(steps: list[int], inductor: list[int]) -> list[dict[str, str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512])
+    parser.add_argument("--steps", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512, 1024])
     parser.add_argument("--inductor", type=int, nargs="*", default=[8, 16, 32, 64])
     args = parser.parse_args()
     if args.child:
@@ -61,7 +65,7 @@ def main() -> None:
             env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
             out = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
             rows += [{"process": process, **row, **machine()} for row in json.loads(out.splitlines()[-1])]
-    print(markdown(rows, ["process", "T", "dynamo_s", "snn_beyond_dynamo_s", "inductor_beyond_dynamo_s"]))
+    print(markdown(rows, ["process", "T", "dynamo_s", "snn_beyond_dynamo_s", "inductor_beyond_dynamo_s", "snn_scan_s"]))
     print(write("first_call", rows))
 
 

@@ -83,10 +83,11 @@ Recurrent layers with `step_from=4`. Inductor is left out where its compilation 
 ## First call
 
 Forward and backward of one LIF layer, in seconds beyond Dynamo's own trace; a small negative number is the spread of the trace.
+`snn_scan_s`: the whole first call, trace included, of the same neuron written as a `scan`.
 
 ![first call against T](pictures/first_call.png)
 
-{markdown(first, ["process", "T", "dynamo_s", "snn_beyond_dynamo_s", "inductor_beyond_dynamo_s"])}
+{markdown(first, ["process", "T", "dynamo_s", "snn_beyond_dynamo_s", "inductor_beyond_dynamo_s", "snn_scan_s"])}
 """
 
 

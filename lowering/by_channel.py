@@ -15,12 +15,12 @@ from torch import Tensor
 
 from snn_compile.ir.stepped import SteppedRecurrence
 from snn_compile.ir.values import known_int
-from snn_compile.lowering.cpp import compiler
+from snn_compile.lowering.cpp import compiler, target
 from snn_compile.lowering.cpp.by_channel import ChannelSource, Given, Unsupported, Wanted, examples_of, generate
 from snn_compile.lowering.cpp.names import identifier
 from snn_compile.lowering.cpp.plan import STREAM_BYTES
 from snn_compile.lowering.launch import Direction
-from snn_compile.lowering.result_memory import settle
+from snn_compile.lowering.result_memory import allocate
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class ChannelKernel:
         n, channels, *space = self.source.shape
         inner = torch.Size(space).numel()
         threads = max(1, min(torch.get_num_threads(), channels))
-        scratch = torch.empty(threads * self.source.buffers * n * inner)
+        scratch = target.allocate_scratch(4 * threads * self.source.buffers * n * inner)
         pointers = (ctypes.c_void_p * len(operands))(*(o.address() for o in operands))
         strides = [s for o in operands for s in o.strides(len(self.source.shape))]
         numbers = (ctypes.c_int64 * len(strides))(*strides)
@@ -155,7 +155,7 @@ def forward_by_channel(
     finals = []
     for i, (carry, (shape, dtype)) in enumerate(zip(r.carries, r.results, strict=False)):
         if carry.is_result:
-            finals.append(torch.empty(shape, dtype=dtype))
+            finals.append(allocate(shape, dtype, inits[i].device))
             call.want("final", i, Operand(finals[-1]))
     return finals if call.run(steps) else None
 
@@ -177,13 +177,13 @@ def backward_by_channel(
     first_ct, grads = len(operands) + r.n_residuals, []
     for k, (ct, carry) in enumerate(zip(cotangents[0], r.differentiable_carries, strict=True)):
         if carry.init_needs_grad:
-            grads.append(torch.empty_like(ct))
+            grads.append(allocate(ct.shape, ct.dtype, ct.device))
             call.want("final", first_ct + k, Operand(grads[-1]))
     wanting = [(x, spec) for x, spec in zip(xs, r.xs, strict=True) if spec.needs_grad]
     for (x, spec), slot in zip(wanting, outputs[n_ct:], strict=False):
         if slot is None:
             return None
-        grads.append(settle(torch.empty(x.shape, dtype=x.dtype)))
+        grads.append(allocate(x.shape, x.dtype, x.device))
         call.want("series", slot, Operand(grads[-1], True, spec.reverse))
     for const, way in zip((c for c, s in zip(consts, r.consts, strict=True) if s.needs_grad), r.reduced, strict=True):
         grads.append(torch.zeros(const.shape, dtype=const.dtype))

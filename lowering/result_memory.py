@@ -16,7 +16,7 @@ import ctypes
 import functools
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, UntypedStorage
@@ -98,6 +98,11 @@ def settle(tensor: Tensor) -> Tensor:
         blocks.add(storage)
     _advise(storage.data_ptr(), size)
     return tensor
+
+
+def allocate(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An empty, contiguous tensor in settled memory."""
+    return settle(torch.empty(tuple(size), dtype=dtype, device=device))
 
 
 def _advise(address: int, size: int) -> None:

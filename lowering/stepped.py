@@ -17,7 +17,7 @@ from snn_compile.ir.stepped import Call, Program, Reduced, Region, Slot, Stepped
 from snn_compile.lowering.by_channel import backward_by_channel, forward_by_channel
 from snn_compile.lowering.launch import MOST_LAUNCHES, BoundKernel, ResultSpec, Target
 from snn_compile.lowering.layout import place
-from snn_compile.lowering.result_memory import settle
+from snn_compile.lowering.result_memory import allocate
 
 #: ``unit(values, now)``: read and write values by slot; `now` holds where the series of this step go
 Run = Callable[[list, dict[int, Tensor]], None]
@@ -195,7 +195,7 @@ def run_stepped(r: SteppedRecurrence, target: Target, operands: Sequence[Tensor]
     own = [i for i, y in zip(r.history, r.shared, strict=True) if y is None]
     shapes = [*r.results[n : n + m], *(r.results[i] for i in own), *r.results[n + m :]]
     wanted = [*out[n : n + m], *(out[i] for i in own), *out[n + m :]]
-    kept = [settle(torch.empty((steps, *shape), dtype=dtype, device=device)) for shape, dtype in shapes]
+    kept = [allocate((steps, *shape), dtype, device) for shape, dtype in shapes]
     reverse = [y.reverse for y in r.ys] + [False] * (len(kept) - m)
     values = runner.values()
     values[n + len(xs) : n + len(xs) + len(consts)] = consts

@@ -4,27 +4,42 @@ Marks: `gpu` is skipped where there is no CUDA or ROCm device; `slow` is only a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
-from snn_compile.lowering import launch
+from snn_compile.lowering import by_channel, launch, stepped
 from snn_compile.lowering.cpp import target as cpp
 
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results hold NaN (integers: their largest value), scratch memory ones: what a kernel does not write shows."""
-    allocate = launch.ResultSpec.allocate
 
-    def poisoned(self: launch.ResultSpec, device: torch.device) -> Tensor:
-        result = allocate(self, device)
-        if result.dtype == torch.bool:
-            return result
-        return result.fill_(float("nan") if result.is_floating_point() else torch.iinfo(result.dtype).max)
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*args: object) -> Tensor:
+            result = allocate(*args)
+            if result.dtype == torch.bool:
+                return result
+            return result.fill_(float("nan") if result.is_floating_point() else torch.iinfo(result.dtype).max)
 
-    monkeypatch.setattr(launch.ResultSpec, "allocate", poisoned)
+        return run
+
+    monkeypatch.setattr(launch.ResultSpec, "allocate", poisoned(launch.ResultSpec.allocate))
+    for module in (by_channel, stepped):
+        monkeypatch.setattr(module, "allocate", poisoned(module.allocate))
     monkeypatch.setattr(cpp, "allocate_scratch", lambda n: torch.full((n,), 255, dtype=torch.uint8))
+
+
+@pytest.fixture
+def fresh() -> None:
+    """Nothing compiled, nothing counted, the same random numbers."""
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

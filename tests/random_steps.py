@@ -12,19 +12,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
+from tests.passes.capture import Spike
+
 LAYOUTS = ("plain", "transposed", "sliced", "expanded")
-
-
-class Spike(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, u):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(u)
-        return (u >= 0).to(u.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        (u,) = ctx.saved_tensors
-        return grad / (1.0 + u.abs()).square()
 
 
 def spike(u: Tensor) -> Tensor:

@@ -21,14 +21,10 @@ from snn_compile.errors import OptionError
 from snn_compile.lowering.cpp import compiler
 from tests import zoo
 
-pytestmark = pytest.mark.skipif(compiler.missing() is not None, reason="no C++ compiler")
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    counters.clear()
-    torch.manual_seed(0)
+pytestmark = [
+    pytest.mark.skipif(compiler.missing() is not None, reason="no C++ compiler"),
+    pytest.mark.usefixtures("fresh"),
+]
 
 
 def lif(x: Tensor) -> Tensor:

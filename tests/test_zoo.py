@@ -17,13 +17,10 @@ from snn_compile.lowering.cpp import compiler
 from snn_compile.pipeline import Report, run_pipeline
 from tests import zoo
 
-pytestmark = pytest.mark.skipif(compiler.missing() is not None, reason="no C++ compiler")
-
-
-@pytest.fixture(autouse=True)
-def _reset():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
+pytestmark = [
+    pytest.mark.skipif(compiler.missing() is not None, reason="no C++ compiler"),
+    pytest.mark.usefixtures("fresh"),
+]
 
 
 class Backend:

@@ -171,8 +171,13 @@ class Writer:
                 yield
 
     def next_rows(self, addresses: dict[TensorArgument, str]) -> list[str]:
-        """Pointers to what is read next, where that is one run of lanes; for `lanes`."""
-        found = [tensor for tensor in addresses if tensor.inner == 1 and not self.has_rows]
+        """Pointers to what is read next, where that is one run of lanes, for `lanes`; a short row is asked for at once."""
+        found = [tensor for tensor in addresses if tensor.inner == 1]
+        if self.has_rows:
+            found = [tensor for tensor in found if addresses[tensor].startswith(f"{tensor.row} ")]
+            self.helpers.update(["prefetch"] if found else [])
+            self.line(*(f"prefetch({addresses[t]}, lanes * sizeof({t.element.removeprefix('const ')}));" for t in found))
+            return []
         for tensor in found:
             self.line(f"{tensor.element}* const {tensor.prefix}_next = {addresses[tensor]};")
         return [f"{tensor.prefix}_next" for tensor in found]

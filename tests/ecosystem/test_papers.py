@@ -14,16 +14,13 @@ from snn_compile.backend import snn
 from snn_compile.lowering.cpp import compiler
 from tests.ecosystem.papers import PAPERS, SEWBlock
 
-pytestmark = pytest.mark.skipif(compiler.missing() is not None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(compiler.missing() is not None, reason="no C++ compiler"),
+    pytest.mark.usefixtures("fresh"),
+]
 
 #: eager's stream of random numbers, one call a step
 OPTIONS = {"fallback_random": True, "strict": True, "step_from": 4}
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
 
 
 def run(module, call, x):  # type: ignore[no-untyped-def]

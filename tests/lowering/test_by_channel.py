@@ -15,11 +15,8 @@ from tests.passes.capture import Spike
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls(fresh, monkeypatch):
     """Kernels run, by direction of their entry."""
-    torch._dynamo.reset()
-    counters.clear()
-    torch.manual_seed(0)
     found: list[str] = []
     run = by_channel.ChannelKernel.__call__
 

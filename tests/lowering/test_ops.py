@@ -70,10 +70,11 @@ def calls(overload: str) -> list[Call]:
     choices: list[tuple[object, ...]] = []
     names = iter("xyz")
     alphas: tuple[object, ...] = (None,)
+    keyword = "alpha"
     for argument in schema.arguments:
         kind = str(argument.type)
-        if argument.name in ("alpha",):
-            alphas = ALPHAS
+        if argument.name in ("alpha", "value"):
+            alphas, keyword = ALPHAS, argument.name
         elif kind in ("Tensor", "Optional[Tensor]"):
             choices.append(("condition" if argument.name == "condition" else next(names),))
         elif argument.name in ("min", "max"):
@@ -87,7 +88,7 @@ def calls(overload: str) -> list[Call]:
         if overload == "hardtanh.default":
             args = args[:1]
         for alpha in alphas:
-            made.append(Call(overload, args, () if alpha in (None, 1) else (("alpha", alpha),)))
+            made.append(Call(overload, args, () if alpha in (None, 1) else ((keyword, alpha),)))
     if overload in MIXED:
         made += [Call(overload, args) for args in (("x", "w"), ("w", "x"), ("x", "k"), ("k", "x"), ("x", "condition"))]
     return made

@@ -16,11 +16,7 @@ from tests.passes.capture import Spike, infos, rerolled, x
 CHANNELS = 1000
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    counters.clear()
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def parameters(channels: int = CHANNELS, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:

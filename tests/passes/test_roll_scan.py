@@ -15,12 +15,7 @@ from snn_compile.passes.roll_scan import roll_scans
 from snn_compile.pipeline import run_pipeline
 from tests.passes.capture import Spike, capture, x
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    counters.clear()
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def lif(v, a, w):
