@@ -31,9 +31,8 @@ def plain(axis: plt.Axes) -> None:
 
 def save(figure: plt.Figure, name: str, rows: list[dict[str, str]]) -> None:
     about = next(r for r in rows if r["machine"])
-    figure.text(
-        0.99, 0.005, f"{about['machine']}, torch {about['torch']}, {about['date']}", ha="right", fontsize=7, color="#616e7c"
-    )
+    place = f"{about['machine']}, torch {about['torch']}, {about['date']}"
+    figure.text(0.5, -0.05, place, ha="center", fontsize=7, color="#616e7c")
     PICTURES.mkdir(exist_ok=True)
     figure.savefig(PICTURES / f"{name}.png", dpi=130, bbox_inches="tight")
     plt.close(figure)
@@ -78,7 +77,7 @@ def first_calls() -> None:
     axis.set(xscale="log", yscale="log", xlabel="time steps T", ylabel="first call [s]")
     axis.set_xticks(list(trace), [str(t) for t in trace])
     axis.minorticks_off()
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     plain(axis)
     save(figure, "first_call", rows)
 
@@ -97,9 +96,13 @@ def over_steps_and_lanes() -> None:
                     points.append((of[vary], float(row["median_ms"]) * 1e6 / (of["T"] * of["N"])))
             style = {"marker": "o", "markersize": 4, "color": COLOURS[framework], "label": NAMES[framework]}
             axis.plot(*zip(*sorted(points), strict=True), **style)
-        axis.set(xscale="log", yscale="log", xlabel=f"{vary}, {fixed}")
+        axis.set(xscale="log", yscale="log", xlabel=f"{vary} ({fixed})")
+        shown = sorted({x for line in axis.lines for x in line.get_xdata()})
+        axis.set_xticks(shown, [str(int(x)) for x in shown])
+        axis.minorticks_off()
         plain(axis)
-    axes[0].set_ylabel("training step, ns per step and lane")
+    axes[0].set_ylabel("training, ns per step and lane")
+    axes[0].set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
     axes[0].legend(frameon=False, fontsize=8)
     save(figure, "lif", rows)
 
