@@ -22,6 +22,9 @@ from snn_compile.lowering.cpp.plan import STREAM_BYTES
 from snn_compile.lowering.launch import Direction
 from snn_compile.lowering.result_memory import allocate
 
+#: Steps of fewer values stay in the caches, where Inductor's unrolled loop is as fast or faster (measured on two cores).
+FEWEST_VALUES = 1 << 16
+
 
 @dataclass(frozen=True)
 class Operand:
@@ -55,11 +58,11 @@ class Operand:
 
 
 def suits_channels(value: Tensor) -> bool:
-    """fp32 on CPU, ``[N, C, *space]`` in that order in memory."""
+    """fp32 on CPU, ``[N, C, *space]`` in that order in memory, in steps too large for the caches."""
     if value.dtype != torch.float32 or value.device.type != "cpu" or value.dim() < 3:
         return False
     sizes = [known_int(s) for s in value.shape]
-    return None not in sizes and value.is_contiguous() and 0 not in sizes
+    return None not in sizes and value.is_contiguous() and value.numel() >= FEWEST_VALUES
 
 
 class ChannelKernel:

@@ -10,7 +10,8 @@ computes it from ``h`` and two numbers of the channel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import getitem
@@ -26,6 +27,12 @@ from snn_compile.lowering.cpp.prelude import prelude
 
 aten = torch.ops.aten
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.default)
+
+
+#: How the address of a row of a buffer ends.
+_IN_BUFFER = " + row * inner"
+#: Rows shorter than this are not summed while they are made: their buffers are, as one run.
+_SHORT = 128
 
 
 @dataclass(frozen=True)
@@ -142,35 +149,42 @@ class _Writer:
     def lanes(
         self, slots: Sequence[int], sums: Sequence[Sum] = (), also: Sequence[str] = (), streamed: Sequence[str] = ()
     ) -> Iterator[Lane]:
-        """The loops over a channel's values.
+        """The loops over a channel's values: row by row, or as one run where all that is touched lies in buffers.
 
         `sums` are added up in it; `also`: rows that are written; `streamed`: those of them that may go past the caches.
         """
         names = self.names.copy()
-        with self.braces("for (int64_t row = 0; row < rows; ++row)"):
-            pointers: dict[str, str] = {}
-            stored = dict.fromkeys(s for slot in slots for s in self._stored(slot))
-            for address in dict.fromkeys([*(self.row[s] for s in stored), *also]):
-                pointers[address] = names.unique(f"{address.split()[0]}_at")
-                self.line(f"float* const {pointers[address]} = {address};")
-                if (
-                    address not in also and f"{address.split()[0]}_row" in address
-                ):  # rows lie far apart: the next but one is asked for now
-                    self.helpers.add("prefetch")
-                    self.line(f"prefetch({pointers[address]} + 2 * {address.split()[0]}_row, inner * sizeof(float));")
-            rows = {address: pointers[address] for address in streamed}
-            for address, pointer in rows.items():
-                stage, pointers[address] = self._stage(), names.unique(f"{address.split()[0]}_to")
-                self.line(f"float* const {pointers[address]} = streaming ? {stage} : {pointer};")
+        stored = dict.fromkeys(s for slot in slots for s in self._stored(slot))
+        read = dict.fromkeys(self.row[s] for s in stored)
+        pointers = {a: names.unique(f"{a.split()[0]}_at") for a in (*read, *(a for a in also if a not in read))}
+        is_one_run = all(address.endswith(_IN_BUFFER) for address in pointers)
+        with contextlib.nullcontext() if is_one_run else self.braces("for (int64_t row = 0; row < rows; ++row)"):
+            if is_one_run:
+                pointers = {address: address.removesuffix(_IN_BUFFER) for address in pointers}
+            else:
+                self._point_to_row(pointers, read)
+            direct = dict(pointers)
+            for address in streamed:
+                pointers[address] = names.unique(f"{address.split()[0]}_to")
+                self.line(f"float* const {pointers[address]} = streaming ? {self._buffer()} : {direct[address]};")
             self.line(*(f"float {s.partial} = 0.0f;" for s in sums if s.partial != s.name))
             reduced = ", ".join(s.partial for s in sums)
             self.line(f"#pragma omp simd reduction(+ : {reduced})" if sums else "#pragma omp simd")
-            with self.braces("for (int64_t i = 0; i < inner; ++i)"):
+            with self.braces(f"for (int64_t i = 0; i < {'rows * inner' if is_one_run else 'inner'}; ++i)"):
                 yield Lane({s: f"{pointers[self.row[s]]}[i]" for s in stored}, {a: f"{p}[i]" for a, p in pointers.items()})
             self.line(*(f"{s.name} += {s.partial};" for s in sums if s.partial != s.name))
-            for address, pointer in rows.items():
+            for address in streamed:
                 self.helpers.add("stream")
-                self.line(f"if (streaming) stream({pointer}, {pointers[address]}, inner * sizeof(float));")
+                self.line(f"if (streaming) stream({direct[address]}, {pointers[address]}, inner * sizeof(float));")
+
+    def _point_to_row(self, pointers: dict[str, str], read: Iterable[str]) -> None:
+        """A pointer into every row. A channel's rows lie far apart in a tensor: the next but one is asked for now."""
+        for address, pointer in pointers.items():
+            self.line(f"float* const {pointer} = {address};")
+            step = f"{address.split()[0]}_row"
+            if address in read and step in address:
+                self.helpers.add("prefetch")
+                self.line(f"prefetch({pointer} + 2 * {step}, inner * sizeof(float));")
 
     def _stored(self, slot: int) -> list[int]:
         return [s for source in self.made[slot][0] for s in self._stored(source)] if slot in self.made else [slot]
@@ -255,9 +269,6 @@ class _Writer:
                 self.lines += inside
         return self.lines
 
-    def _stage(self) -> str:
-        return self._buffer()
-
     def _buffer(self) -> str:
         self.buffers.append(self.names.unique(f"buffer_{len(self.buffers)}"))
         return self.buffers[-1]
@@ -335,9 +346,9 @@ class _Writer:
         if slot in self.series:
             self.row[slot] = self._address(self.tensor["series", slot], slot, "t")
         elif slot in [g.next for g in self.given if g.kind == "carry"]:
-            self.row[slot] = f"{self._two_buffers()} + row * inner"
+            self.row[slot] = self._two_buffers() + _IN_BUFFER
         else:
-            self.row[slot] = f"{self._buffer()} + row * inner"
+            self.row[slot] = self._buffer() + _IN_BUFFER
 
     def _two_buffers(self) -> str:
         """A state is read while the next one is written."""
@@ -439,6 +450,8 @@ class _Writer:
     def _sums(self, call: Call, region: Region) -> list[Sum]:
         """Sums over the channel that `call` needs, where `region` makes what is summed: added up in its loop."""
         slots = _summed(call)
+        if self.shape[2:].numel() < _SHORT:
+            return []
         if not any(s in region.outputs for s in slots) or not all(s in region.outputs or s in self.row for s in slots):
             return []
         sums = self._first_pass(call)
