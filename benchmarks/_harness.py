@@ -65,6 +65,13 @@ def lif_scan(x: Tensor) -> Tensor:
     return scan(step, torch.zeros_like(x[0]), x)[1]  # type: ignore[no-any-return]
 
 
+def first_call(step: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    """What the step gives, and the seconds it takes: trace and compilation included, where it was never called before."""
+    start = time.perf_counter()
+    out = step()
+    return out, time.perf_counter() - start
+
+
 def interleaved(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Seconds of a call in a row of calls, as in training; the functions take turns, so that a slow minute hits all of them."""
     times: dict[str, list[float]] = {name: [] for name in functions}

@@ -12,11 +12,10 @@ import argparse
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
-from _harness import interleaved, lif_index, lif_unbind, machine, markdown, summary, write
+from _harness import first_call, interleaved, lif_index, lif_unbind, machine, markdown, summary, write
 
 import snn_compile  # noqa: F401  (registers the backend in a source tree)
 
@@ -42,9 +41,7 @@ def measure(lanes: int, repeats: int, device: str) -> list[dict[str, str]]:
     steps, first = {}, {}
     for name in ("snn", "inductor"):
         steps[name] = training_step(torch.compile(lif_unbind, backend=name), x, grad)
-        start = time.perf_counter()
-        steps[name]()
-        first[name] = time.perf_counter() - start
+        _, first[name] = first_call(steps[name])
         torch._dynamo.reset()
     steps["eager unbind"] = training_step(lif_unbind, x, grad)
     if lanes <= 131072:  # (quadratic in T, it takes seconds a step beyond)

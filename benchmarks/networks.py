@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -158,9 +157,7 @@ def measure(name: str, network: Network) -> list[dict[str, str]]:
             continue
         torch._dynamo.reset()
         run, _ = step(network, backend, x, y)
-        start = time.perf_counter()
-        outs[label] = run()
-        firsts[label] = time.perf_counter() - start
+        outs[label], firsts[label] = h.first_call(run)
         runs[label] = run
     for label, out in outs.items():
         torch.testing.assert_close(out, outs["eager"], rtol=1e-3, atol=2.0 / network.shape[0], msg=lambda m, n=label: f"{n}: {m}")

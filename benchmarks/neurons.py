@@ -14,7 +14,6 @@ import argparse
 import copy
 import csv
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -105,10 +104,8 @@ def measure(row: Row) -> list[dict[str, str]]:
     steps, first = {}, {}
     for name, (module, backend) in peers(row).items():
         torch._dynamo.reset()
-        start = time.perf_counter()
         steps[name] = step_of(row, module, backend, x, grad)
-        steps[name]()
-        first[name] = time.perf_counter() - start
+        _, first[name] = h.first_call(steps[name])
     expected, equal = steps["eager"](), {}
     for name, step in steps.items():
         equal[name] = (step() == expected).float().mean().item()

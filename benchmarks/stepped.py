@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -81,9 +80,7 @@ def measure(name: str, case: Case) -> list[dict[str, str]]:
             out.sum().backward()
             return out.detach()
 
-        start = time.perf_counter()
-        out = step()
-        firsts[label] = time.perf_counter() - start
+        out, firsts[label] = h.first_call(step)
         results[label] = [out, x.grad.clone(), *(p.grad.clone() for p in module.parameters() if p.grad is not None)]  # type: ignore[union-attr]
         runs[label] = step
     assert counters["snn_compile"]["recurrences_stepped"] > 0

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from snn_compile.ir.stepped import SteppedRecurrence
+from snn_compile.ir.stepped import Program, SteppedRecurrence
 from snn_compile.ir.values import known_int
-from snn_compile.lowering.cpp import compiler, target
-from snn_compile.lowering.cpp.by_channel import ChannelSource, Given, Unsupported, Wanted, examples_of, generate
+from snn_compile.lowering.cpp import compiler
+from snn_compile.lowering.cpp import target as cpp
+from snn_compile.lowering.cpp.by_channel import ChannelSource, Given, Unsupported, Wanted, examples_of, generate, is_by_channel
 from snn_compile.lowering.cpp.names import identifier
 from snn_compile.lowering.cpp.plan import STREAM_BYTES
-from snn_compile.lowering.launch import Direction
+from snn_compile.lowering.launch import Direction, Target
 from snn_compile.lowering.result_memory import allocate
 
 #: Steps of fewer values stay in the caches, where Inductor's unrolled loop is as fast or faster (measured on two cores).
@@ -48,13 +49,9 @@ class Operand:
 
     def has_rows(self, dim: int) -> bool:
         """fp32, and the last dims of whole values lie together in memory."""
-        sizes, strides = self.tensor.shape[self.timed :], self.tensor.stride()[self.timed :]
-        expected, space = 1, list(zip(sizes, strides, strict=True))[2:] if len(sizes) == dim else []
-        for size, stride in reversed(space):
-            if size != 1 and stride != expected:
-                return False
-            expected *= size
-        return self.tensor.dtype == torch.float32 and self.tensor.numel() > 0
+        if self.tensor.dtype != torch.float32 or self.tensor.numel() == 0:
+            return False
+        return self.tensor.dim() - self.timed != dim or self.tensor[(0,) * (self.timed + 2)].is_contiguous()
 
 
 def suits_channels(value: Tensor) -> bool:
@@ -63,6 +60,11 @@ def suits_channels(value: Tensor) -> bool:
         return False
     sizes = [known_int(s) for s in value.shape]
     return None not in sizes and value.is_contiguous() and value.numel() >= FEWEST_VALUES
+
+
+def runs_by_channel(program: Program, target: Target) -> bool:
+    """Whether to ask for a kernel at all: most programs call matrix products."""
+    return target.name == "cpp" and is_by_channel(program)
 
 
 class ChannelKernel:
@@ -80,7 +82,7 @@ class ChannelKernel:
         n, channels, *space = self.source.shape
         inner = torch.Size(space).numel()
         threads = max(1, min(torch.get_num_threads(), channels))
-        scratch = target.allocate_scratch(4 * threads * self.source.buffers * n * inner)
+        scratch = cpp.allocate_scratch(4 * threads * self.source.buffers * n * inner)
         pointers = (ctypes.c_void_p * len(operands))(*(o.address() for o in operands))
         strides = [s for o in operands for s in o.strides(len(self.source.shape))]
         numbers = (ctypes.c_int64 * len(strides))(*strides)
@@ -173,6 +175,7 @@ def backward_by_channel(
 ) -> list[Tensor] | None:
     """The gradients, or None where that is not possible. `cotangents`: of the carries, and of the outputs, time first."""
     assert r.backward is not None
+    cotangents = [c.contiguous() for c in cotangents[0]], [None if c is None else c.contiguous() for c in cotangents[1]]
     inits, xs, consts = r.split(operands)
     outputs, n_ct = r.backward.outputs, len(cotangents[0])
     call = _Call(r, "backward")

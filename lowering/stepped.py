@@ -14,7 +14,7 @@ from torch import Tensor
 
 from snn_compile.ir.recurrence import Recurrence
 from snn_compile.ir.stepped import Call, Program, Reduced, Region, Slot, SteppedRecurrence
-from snn_compile.lowering.by_channel import backward_by_channel, forward_by_channel
+from snn_compile.lowering.by_channel import backward_by_channel, forward_by_channel, runs_by_channel
 from snn_compile.lowering.launch import MOST_LAUNCHES, BoundKernel, ResultSpec, Target
 from snn_compile.lowering.layout import place
 from snn_compile.lowering.result_memory import allocate
@@ -28,6 +28,7 @@ class StepRunner:
 
     def __init__(self, program: Program, target: Target) -> None:
         self.program = program
+        self.by_channel = runs_by_channel(program, target)
         self.prologue = [_runner(u, target) for u in program.prologue]
         self.first = [_runner(u, target) for u in program.units]
         self.later = [_runner(u, target) for u in program.units]
@@ -201,7 +202,7 @@ def run_stepped(r: SteppedRecurrence, target: Target, operands: Sequence[Tensor]
     values[n + len(xs) : n + len(xs) + len(consts)] = consts
     runner.prepare(values)
     finals = None
-    if target.name == "cpp":
+    if runner.by_channel:
         finals = forward_by_channel(r, inits, xs, values, list(zip(wanted, kept, reverse, strict=True)), steps)
     if finals is None:
         series = [_steps_of(x, spec.reverse) for x, spec in zip(xs, r.xs, strict=True)]
@@ -277,9 +278,9 @@ def run_stepped_backward(
     values = runner.values()
     values[n + len(xs) : n_ops] = consts
     runner.prepare(values)
-    if target.name == "cpp":
-        whole = _whole_cotangents(r, cotangents)
-        gradients = backward_by_channel(r, operands, kept, values, whole, steps)
+    ct_carries, whole_ys = _cotangents(r, device_of(operands), cotangents)
+    if runner.by_channel:
+        gradients = backward_by_channel(r, operands, kept, values, (ct_carries, whole_ys), steps)
         if gradients is not None:
             return gradients
     # (the step that sees the initial state is not the first one here: the state must lie in memory like those after it)
@@ -288,7 +289,7 @@ def run_stepped_backward(
     streams: list[tuple[int, Sequence[Tensor]]] = [(slot, _steps_of(x, spec.reverse)) for slot, x, spec in given]
     streams += before
     streams += [(n_ops + j, k.unbind(0)) for j, k in enumerate(kept[len(r.history) :])]
-    ct_carries, ct_ys = _cotangents(r, device_of(operands), cotangents, steps)
+    ct_ys = _cotangents_of_steps(r, device_of(operands), whole_ys, steps)
     first_ct = n_ops + r.n_residuals
     n_ct = len(ct_carries)
     streams += [(first_ct + n_ct + j, s) for j, s in enumerate(ct_ys)]
@@ -308,36 +309,29 @@ def run_stepped_backward(
     return [*(g.clone() for g in wanted), *sink.results()]
 
 
-def _cotangents(r: SteppedRecurrence, device: torch.device, cotangents: Sequence[Tensor | None], steps: int):  # type: ignore[no-untyped-def]
-    """Of the carries after the last step, and of the outputs step by step; an absent one is zero, without memory."""
-    n = len(r.carries)
+def _cotangents(r: SteppedRecurrence, device: torch.device, cotangents: Sequence[Tensor | None]):  # type: ignore[no-untyped-def]
+    """Of the carries after the last step (an absent one is zero, without memory), and of the outputs, time first, or None."""
     n_ys = len(r.differentiable_ys)
     finals = iter(cotangents[n_ys:])
-
     carries = []
     for spec, c in zip(r.results, r.carries, strict=False):
         if c.differentiable:
             ct = next(finals) if c.is_result else None
             carries.append(_zero(*spec, device) if ct is None else ct)
-    series = []
-    outputs = [(spec, y) for spec, y in zip(r.results[n : n + len(r.ys)], r.ys, strict=True) if y.differentiable]
-    for (spec, y), ct in zip(outputs, cotangents, strict=False):
-        steps_of = [_zero(*spec, device)] * steps if ct is None else ct.movedim(y.time_dim, 0).unbind(0)
-        series.append(steps_of[::-1] if y.reverse else steps_of)
-    return carries, series
-
-
-def _whole_cotangents(r: SteppedRecurrence, cotangents: Sequence[Tensor | None]):  # type: ignore[no-untyped-def]
-    """As `_cotangents`: of the carries, and of the outputs with time first, None where absent; all without gaps."""
-    n_ys = len(r.differentiable_ys)
-    finals = iter(cotangents[n_ys:])
-    carries = []
-    for (shape, dtype), c in zip(r.results, r.carries, strict=False):
-        if c.differentiable:
-            ct = next(finals) if c.is_result else None
-            carries.append(torch.zeros(shape, dtype=dtype) if ct is None else ct.contiguous())
     pairs = zip(cotangents[:n_ys], r.differentiable_ys, strict=True)
-    return carries, [None if ct is None else ct.movedim(y.time_dim, 0).contiguous() for ct, y in pairs]
+    return carries, [None if ct is None else ct.movedim(y.time_dim, 0) for ct, y in pairs]
+
+
+def _cotangents_of_steps(
+    r: SteppedRecurrence, device: torch.device, whole: Sequence[Tensor | None], steps: int
+) -> list[Sequence[Tensor]]:
+    """The cotangents of the outputs, time first, as one a step; an absent one is zero, without memory."""
+    n = len(r.carries)
+    specs = [spec for spec, y in zip(r.results[n : n + len(r.ys)], r.ys, strict=True) if y.differentiable]
+    return [
+        [_zero(*spec, device)] * steps if ct is None else _steps_of(ct, y.reverse)
+        for spec, ct, y in zip(specs, whole, r.differentiable_ys, strict=True)
+    ]
 
 
 def _zero(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

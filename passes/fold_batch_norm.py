@@ -30,10 +30,13 @@ from snn_compile.passes.hoist import find_invariant
 
 def fold_batch_norm(loop: Loop, is_pointwise_op: IsPointwiseOp) -> int:
     """Rewrite the body of `loop`; gives the number of batch norms folded. `passes/hoist` takes scale and shift out."""
-    infos = classify(loop, is_pointwise_op)
     consts = set(loop.placeholders()[len(loop.carries) + len(loop.xs) :])
+    fixed = {n for n in loop.body.graph.nodes if is_fixed_batch_norm(n, consts)}
+    if not fixed:
+        return 0
+    infos = classify(loop, is_pointwise_op)
     groups = find_groups(loop, infos, ignore=find_invariant(loop, infos))
-    found = [n for g in groups if g.is_kernel for n in g.nodes if is_fixed_batch_norm(n, consts)]
+    found = [n for g in groups if g.is_kernel for n in g.nodes if n in fixed]
     for node in found:
         with loop.body.graph.inserting_before(node):
             new = _multiply_add(loop.body.graph, node)

@@ -12,19 +12,19 @@ handed over; pointwise values are computed again, in registers.
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from snn_compile.errors import Reject
 from snn_compile.ir.recurrence import Carry, Const, Output, TimeSeries
 from snn_compile.ir.stepped import Reduced, SteppedRecurrence
 from snn_compile.ir.values import is_getitem
+from snn_compile.passes.emit import emit
 from snn_compile.passes.split_step import Supported, is_number, is_pointwise, split_step
 from snn_compile.passes.trace_step import decomposed_graph, find_differentiable, name_nodes, simplify, vector_jacobian
 
@@ -240,12 +240,9 @@ def _recompute_normalised(joint: fx.GraphModule) -> None:
 
 
 def _call(graph: fx.Graph, target: Callable[..., object], *args: object, **kwargs: object) -> fx.Node:
-    """A node with its example."""
-    node = graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
-    values = fx.node.map_arg(args, lambda n: n.meta["val"])  # type: ignore[arg-type]
-    fakes = [v for v in values if isinstance(v, FakeTensor)]
-    with fakes[0].fake_mode if fakes else contextlib.nullcontext():
-        node.meta["val"] = target(*values, **kwargs)
+    """A node with its example, as nodes of ATen graphs hold it."""
+    node = emit(graph, "call_function", target, args, kwargs)
+    node.meta = {"val": node.meta["example_value"]}
     return node
 
 

@@ -269,9 +269,8 @@ def _lower(gm: fx.GraphModule, report: Report, dump: _Dump, config: Config) -> N
     for call, loop in _calls(gm):
         if loop.is_recurrent and not loop.is_kernel:
             infos = classify(loop, is_pointwise_op)
-            by_channel = _runs_by_channel(list(infos), infos)
-            if loop.length >= config.step_from or by_channel:
-                _lower_stepped(gm, call, loop, report, dump, by_channel)
+            if loop.length >= config.step_from or _runs_by_channel(list(infos), infos):
+                _lower_stepped(gm, call, loop, infos, report, dump)
         if not loop.is_kernel:
             continue
         try:
@@ -292,9 +291,12 @@ def _lower(gm: fx.GraphModule, report: Report, dump: _Dump, config: Config) -> N
         counters["snn_compile"]["recurrences_lowered"] += 1
 
 
-def _lower_stepped(gm: fx.GraphModule, call: fx.Node, loop: Loop, report: Report, dump: _Dump, by_channel: bool) -> None:
+def _lower_stepped(
+    gm: fx.GraphModule, call: fx.Node, loop: Loop, infos: dict[fx.Node, OpInfo], report: Report, dump: _Dump
+) -> None:
+    by_channel = _runs_by_channel(list(infos), infos)
     try:
-        grow_states(gm, call, loop, classify(loop, is_pointwise_op))
+        grow_states(gm, call, loop, infos)
         carry_statistics(gm, call, loop)
         stepped = make_stepped(call, loop, torch.is_grad_enabled())
         target = targets.for_operands(call, stepped.location)

@@ -568,20 +568,20 @@ class _Writer:
             if w.kind == "sum":
                 self.line(f"*({self._address(name, w.slot, None)}) = {name}_sum;")
             elif w.kind == "final":
-                self._store_final(w.slot, self._address(name, w.slot, None))
-
-    def _store_final(self, slot: int, address: str) -> None:
-        if not self.is_whole(slot):
-            self.line(f"*({address}) = {self.channel[slot]};")
-            return
-        with self.lanes([slot], also=[address]) as lane:
-            self.line(f"{lane.targets[address]} = {lane.values[slot]};")
+                self._store(w.slot, self._address(name, w.slot, None))
 
 
 def _summed(call: Call) -> tuple[int, ...]:
     """The slots that the first pass of a batch norm, or of its backward, sums over the channel."""
     count = {aten.native_batch_norm.default: 1, aten.native_batch_norm_backward.default: 2}.get(call.target, 0)  # type: ignore[call-overload]
     return tuple(a.index for a in call.args[:count] if isinstance(a, Slot))
+
+
+def is_by_channel(program: Program) -> bool:
+    """Whether the program's calls look along channels only, one of them at least: the cheap half of what `generate` finds out."""
+    targets = {u.target for u in program.units if isinstance(u, Call)}
+    norms = {aten.native_batch_norm.default, aten.native_batch_norm_backward.default}
+    return bool(targets & norms) and targets <= {getitem, *RESHAPES, *norms}
 
 
 def examples_of(gm: fx.GraphModule) -> list[Any]:

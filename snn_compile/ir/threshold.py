@@ -90,7 +90,5 @@ def _solve(recurrence: Recurrence, found: AffineFire) -> str:
     slope = sympy.simplify(sympy.diff(value, potential))
     if sympy.simplify(value.subs(potential, threshold) - limit) != 0:
         raise ValueError("the folded threshold is not where the comparison turns")
-    relation, mirrored = {"ge": (">=", "<="), "gt": (">", "<"), "le": ("<=", ">="), "lt": ("<", ">")}[
-        op_name(found.fire.compared)
-    ]
+    relation, mirrored = _RELATIONS[op_name(found.fire.compared)]
     return f"{names.text(found.potential)} {relation} {threshold} where {slope} > 0, {mirrored} where {slope} < 0"
