@@ -4,7 +4,7 @@
 
 Time is folded into the batch dim, as a person would write it, so the graph holds the one large matmul or convolution. That
 is sound for ops that treat dim 0 of their input as a batch of independent samples; `RULES` lists them with what must hold.
-Everything else stays per step.
+A step with another op in it is batched by `torch.vmap` (`passes/vmap_time`), and what vmap cannot batch stays per step.
 
 The folded op computes the same sums, but a BLAS or convolution library may add them in another order for another batch
 size: results agree to rounding, not bit for bit. ``options={"batch_time": False}`` keeps the layers per step.
@@ -12,7 +12,7 @@ size: results agree to rounding, not bit for bit. ``options={"batch_time": False
 Batch norm in training mode keeps its statistics per step (`passes/batch_norm_over_time`). Dropout and other random ops draw
 the numbers of all steps at once: the same distribution, another order than eager's.
 
-Does not fire: other ops that write, a parameter with a batch dim of its own, reversed time, ops with no rule.
+Does not fire: other ops that write, ops with no rule of either kind.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from torch import fx
 
 from snn_compile.errors import Reject
 from snn_compile.ir.loop import Loop
-from snn_compile.ir.values import example
+from snn_compile.ir.values import example, is_getitem
 from snn_compile.passes.batch_norm_over_time import batch_norm_over_time, check_batch_norm
-from snn_compile.passes.classify import OpInfo
-from snn_compile.passes.emit import emit, emit_function
+from snn_compile.passes.classify import AUTOGRAD_FUNCTION, OpInfo
+from snn_compile.passes.emit import attribute, emit, emit_function
+from snn_compile.passes.vmap_time import vmap_time
 
-#: Says whether the node treats dim 0 of its first operand as a batch; the other operands are constants of the loop.
+#: Says whether the node treats dim 0 of its first operand (`BATCHED`: its first operands) as a batch; the other operands are
+#: constants of the loop.
 Rule = Callable[[fx.Node], bool]
 
 
@@ -64,6 +66,15 @@ def _normalises_behind_batch(node: fx.Node) -> bool:
     return isinstance(shape, (tuple, list)) and len(shape) < _dim(node)
 
 
+def _attends_behind_batch(node: fx.Node) -> bool:
+    mask = example(_argument(node, 3, "attn_mask", None))
+    same = len({example(a).dim() for a in node.args[:3]}) == 1
+    return same and _dim(node) >= 3 and (mask is None or mask.dim() < _dim(node))
+
+
+#: How many operands have the batch, where that is more than one.
+BATCHED: dict[object, int] = {F.scaled_dot_product_attention: 3}
+
 RULES: dict[object, Rule] = {
     F.linear: lambda node: _dim(node) >= 2,
     torch.conv1d: _has_batch(1),
@@ -79,6 +90,7 @@ RULES: dict[object, Rule] = {
     F.batch_norm: lambda node: _argument(node, 5, "training", False) is False,
     F.layer_norm: _normalises_behind_batch,
     F.group_norm: lambda node: _dim(node) >= 2,
+    F.scaled_dot_product_attention: _attends_behind_batch,
     F.softmax: _other_dim,
     torch.softmax: _other_dim,
     F.dropout: lambda node: _dim(node) >= 1,
@@ -96,28 +108,19 @@ def batch_time(gm: fx.GraphModule, call: fx.Node, loop: Loop, infos: dict[fx.Nod
     """Replace `call` by its body over all steps at once; gives the number of ops. Raises `Reject` where that is unsound."""
     _check(loop, infos)
     graph = gm.graph
-    _, xs, consts = loop.split(call.args)
-    placeholders = loop.placeholders()
-    n, m = len(loop.carries), len(loop.xs)
-    env: dict[fx.Node, fx.Node] = dict(zip(placeholders[n + m :], consts, strict=True))  # type: ignore[arg-type]
     with graph.inserting_before(call):
-        for placeholder, x in zip(placeholders[n : n + m], xs, strict=True):
-            env[placeholder] = emit(graph, "call_method", "flatten", (x, 0, 1), {})
-        for node in infos:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-            if node.target is F.batch_norm and infos[node].writes:
-                env[node] = emit_function(graph, batch_norm_over_time, (loop.length, *args), kwargs)
-            else:
-                env[node] = emit(graph, node.op, node.target, args, kwargs)
-            env[node].meta = {**node.meta, **env[node].meta}
-        next_carries, values = loop.results()
-        series = {v: _unfold(graph, env[v], loop.length) for v in dict.fromkeys((*values, *next_carries))}
-        results = [
-            series[v] if y.dim == 0 else emit(graph, "call_method", "movedim", (series[v], 0, y.dim), {})
-            for v, y in zip(values, loop.ys, strict=True)
-        ]
+        for i, x in enumerate(loop.xs, len(loop.carries)):
+            if x.reverse:
+                call.update_arg(i, emit(graph, "call_method", "flip", (call.args[i], 0), {}))
+        try:
+            _check_folds(loop, infos)
+            series = _fold_time(gm, call, loop, infos)
+        except Reject as why:
+            series = _vmap_time(gm, call, loop, infos, why)
+        next_carries, values = series[: len(loop.carries)], series[len(loop.carries) :]
+        results = [_output(graph, v, y.dim, y.reverse) for v, y in zip(values, loop.ys, strict=True)]
         results += [
-            emit(graph, "call_function", operator.getitem, (series[v], -1), {})
+            emit(graph, "call_function", operator.getitem, (v, -1), {})
             for v, c in zip(next_carries, loop.carries, strict=True)
             if c.is_result
         ]
@@ -129,37 +132,82 @@ def batch_time(gm: fx.GraphModule, call: fx.Node, loop: Loop, infos: dict[fx.Nod
     return len(infos)
 
 
+def _check(loop: Loop, infos: dict[fx.Node, OpInfo]) -> None:
+    if any(p.users for p in loop.placeholders()[: len(loop.carries)]):
+        raise Reject("a state is carried through it", location=loop.location)
+    if not loop.xs:
+        raise Reject("it reads no time series", location=loop.location)
+
+
+def _output(graph: fx.Graph, series: fx.Node, dim: int, reverse: bool) -> fx.Node:
+    series = emit(graph, "call_method", "flip", (series, 0), {}) if reverse else series
+    return emit(graph, "call_method", "movedim", (series, 0, dim), {}) if dim else series
+
+
+# --------------------------------------------------------------------------------------------- time as a part of the batch
+
+
+def _fold_time(gm: fx.GraphModule, call: fx.Node, loop: Loop, infos: dict[fx.Node, OpInfo]) -> list[fx.Node]:
+    """The body with time folded into the batch dim -> time series of its results."""
+    graph = gm.graph
+    _, xs, consts = loop.split(call.args)
+    placeholders = loop.placeholders()
+    n, m = len(loop.carries), len(loop.xs)
+    env: dict[fx.Node, fx.Node] = dict(zip(placeholders[n + m :], consts, strict=True))  # type: ignore[arg-type]
+    for placeholder, x in zip(placeholders[n : n + m], xs, strict=True):
+        env[placeholder] = emit(graph, "call_method", "flatten", (x, 0, 1), {})
+    for node in infos:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: env[a] if a in env else attribute(gm, loop, a))
+        if node.target is F.batch_norm and infos[node].writes:
+            env[node] = emit_function(graph, batch_norm_over_time, (loop.length, *args), kwargs)
+        else:
+            env[node] = emit(graph, node.op, node.target, args, kwargs)
+        env[node].meta = {**node.meta, **env[node].meta}
+    next_carries, values = loop.results()
+    series = {v: _unfold(graph, env[v], loop.length) for v in dict.fromkeys((*values, *next_carries))}
+    return [series[v] for v in (*next_carries, *values)]
+
+
 def _unfold(graph: fx.Graph, node: fx.Node, length: int) -> fx.Node:
     return emit(graph, "call_method", "unflatten", (node, 0, (length, -1)), {})
 
 
-def _check(loop: Loop, infos: dict[fx.Node, OpInfo]) -> None:
+def _check_folds(loop: Loop, infos: dict[fx.Node, OpInfo]) -> None:
     placeholders = loop.placeholders()
     n, m = len(loop.carries), len(loop.xs)
-    where = {"location": loop.location}
-    if any(p.users for p in placeholders[:n]):
-        raise Reject("a state is carried through it", **where)
-    if not m or any(x.reverse for x in loop.xs):
-        raise Reject("it reads no time series, or reads one backwards", **where)
     batches = {x.example.shape[0] if x.example.dim() else None for x in loop.xs}
     if len(batches) != 1 or None in batches:
-        raise Reject("its inputs have no common batch dim", **where)
+        raise Reject("its inputs have no common batch dim", location=loop.location)
     folded = set(placeholders[n : n + m])
     for node, info in infos.items():
         if node.target is F.batch_norm and info.writes:
             check_batch_norm(node, folded)
         elif not ((info.pure or not info.writes) and _is_batched(node, info, folded)):
-            raise Reject(f"'{_name(node.target)}' is not known to treat its first dim as a batch", node=node.name, **where)
+            reason = f"'{_name(node.target)}' is not known to treat its first dim as a batch"
+            raise Reject(reason, node=node.name, location=loop.location)
         folded.add(node)
     next_carries, values = loop.results()
     if any(v not in folded for v in (*values, *next_carries)):
-        raise Reject("a result does not depend on time", **where)
+        raise Reject("a result does not depend on time", location=loop.location)
+
+
+def _vmap_time(gm: fx.GraphModule, call: fx.Node, loop: Loop, infos: dict[fx.Node, OpInfo], why: Reject) -> list[fx.Node]:
+    """Where folding is unsound for the reason `why`: by vmap, or not at all, for both reasons."""
+    if any(info.writes for info in infos.values()):
+        raise why
+    try:
+        return vmap_time(gm, call, loop)
+    except Reject as reject:
+        first = why.rejection
+        raise Reject(f"{first.reason}; {reject.rejection.reason}", node=first.node, location=loop.location) from reject
 
 
 def _is_batched(node: fx.Node, info: OpInfo, folded: set[fx.Node]) -> bool:
     operands = [i for i in node.all_input_nodes if i.op != "get_attr"]
-    if len(operands) < len(node.all_input_nodes):
+    if len(operands) < len(node.all_input_nodes) and node.target is not AUTOGRAD_FUNCTION:
         return False
+    if is_getitem(node) and node.args[0].target is AUTOGRAD_FUNCTION:  # type: ignore[union-attr]
+        return info.pointwise
     if info.pointwise:
         value = example(node)
         # a constant with as many dims as the value has a batch dim of its own, which folding would stretch
@@ -168,8 +216,9 @@ def _is_batched(node: fx.Node, info: OpInfo, folded: set[fx.Node]) -> bool:
         small = [o for o in operands if o in folded and example(o).dim() != dims]  # type: ignore[union-attr]
         return dims >= 1 and not small and all(isinstance(v, torch.Tensor) and v.dim() < dims for v in own)
     rule = RULES.get(node.target)
-    batched = [o for o in operands if o in folded]
-    return rule is not None and batched == [node.args[0]] and rule(node)
+    count = BATCHED.get(node.target, 1)
+    batched = {o for o in operands if o in folded}
+    return rule is not None and len(node.args) >= count and batched == set(node.args[:count]) and rule(node)
 
 
 def _name(target: object) -> str:

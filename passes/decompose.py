@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from snn_compile.decompositions import Decomposition, decomposition_of
 from snn_compile.errors import Reject, Rejection
 from snn_compile.ir.values import example, is_getitem, user_location
+from snn_compile.passes.inline import Inliner
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node, function: Decomposition, captured
         captured[key] = _capture(node, function)
     found = captured[key]
     with gm.graph.inserting_before(node):
-        outputs = _Inliner(found.graph, gm, node).inline([nodes[i] for i in found.inputs])
+        outputs = Inliner(found.graph, gm, node).inline([nodes[i] for i in found.inputs])
     results = [outputs[r] if r >= 0 else nodes[-1 - r] for r in found.results]
     for user in list(node.users):
         if not is_getitem(user):
@@ -121,47 +122,6 @@ def _place(result: object, outputs: Sequence[object], tensors: Sequence[Tensor])
         if output is result:
             return i
     return -1 - next(i for i, a in enumerate(tensors) if a is result)
-
-
-# -------------------------------------------------------------------------------------------------------------- inlining
-
-
-class _Inliner(fx.Interpreter):
-    """Copies a captured graph to before `node`, with examples of the graph it goes into."""
-
-    def __init__(self, graph: fx.GraphModule, gm: fx.GraphModule, node: fx.Node) -> None:
-        super().__init__(graph)
-        self.gm, self.node = gm, node
-        self.copies: dict[fx.Node, fx.Node] = {}
-        self.attributes: dict[str, str] = {}
-
-    def inline(self, inputs: Sequence[fx.Node]) -> list[fx.Node]:
-        placeholders = [n for n in self.module.graph.nodes if n.op == "placeholder"]
-        self.copies = dict(zip(placeholders, inputs, strict=True))
-        self.run(*(example(i) for i in inputs))
-        output = next(n for n in self.module.graph.nodes if n.op == "output")
-        return [self.copies[n] for n in output.args[0]]
-
-    def run_node(self, n: fx.Node) -> object:
-        value = super().run_node(n)
-        if n.op in ("placeholder", "output"):
-            return value
-        new = self.gm.graph.node_copy(n, self.copies.__getitem__)
-        if n.op == "get_attr":
-            new.target = self._attribute(str(n.target), value)
-        new.meta = {"example_value": value, "stack_trace": self.node.meta.get("stack_trace", "")}
-        self.copies[n] = new
-        return value
-
-    def _attribute(self, name: str, value: object) -> str:
-        """`value` as an attribute of the graph it goes into, once a call."""
-        if name not in self.attributes:
-            i = 0
-            while hasattr(self.gm, f"decomposed_{i}"):
-                i += 1
-            self.attributes[name] = f"decomposed_{i}"
-            setattr(self.gm, self.attributes[name], value)
-        return self.attributes[name]
 
 
 # ---------------------------------------------------------------------------------------------------------- single steps

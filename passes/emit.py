@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from snn_compile.ir.loop import Loop
 from snn_compile.ir.values import example, flat_nodes
 
 
@@ -16,6 +17,16 @@ def emit(graph: fx.Graph, op: str, target, args, kwargs, name: str | None = None
     node = graph.create_node(op, target, args, kwargs, name)
     node.meta["example_value"] = _run(op, target, args, kwargs)
     return node
+
+
+def attribute(gm: fx.GraphModule, loop: Loop, node: fx.Node) -> fx.Node:
+    """The `get_attr` node of a loop's body, with what it names, in the graph that holds the loop."""
+    name = f"{loop.name}_{node.target}"
+    if not hasattr(gm, name):
+        gm.add_submodule(name, getattr(loop.body, str(node.target)))
+    new = gm.graph.get_attr(name)
+    new.meta["example_value"] = getattr(gm, name)
+    return new
 
 
 def emit_function(graph: fx.Graph, function: Callable[..., fx.Proxy], args, kwargs) -> fx.Node:  # type: ignore[no-untyped-def]

@@ -71,13 +71,20 @@ def _first_loop(
         except Reject as r:
             rejections[key] = replace(r.rejection, ops=repeat.covered)
             continue
-        reason = accept(loop)
+        reason = _why_empty(loop) or accept(loop)
         if reason is not None:
             rejections[key] = replace(reason, ops=repeat.covered)
             continue
         plan.replace(loop)
         return loop
     return None
+
+
+def _why_empty(loop: Loop) -> Rejection | None:
+    """A row of reads, ``y[0], y[1], …``, rolled, is such a row again: rolling it would never end."""
+    if any(n.op not in ("placeholder", "get_attr", "output") for n in loop.body.graph.nodes):
+        return None
+    return Rejection("its iterations only read a time series", loop.name, loop.location)
 
 
 def _plan(view: Graph, repeat: Repeat, min_length: int) -> LoopPlan:

@@ -6,7 +6,8 @@ A time constant or a threshold is a constant of the model. The guard makes Dynam
 
     n = state.size(); n0 = n[0]; ok = n0 == 3; s = x.view(n0, -1)   ->   s = x.view(3, -1)
 
-A check of shapes in Python (`if state.shape != x.shape: raise`) leaves its arithmetic between the ops of the first step.
+A check of shapes in Python (`if state.shape != x.shape: raise`) leaves its arithmetic between the ops of the first step, and
+``if not mem == None`` a comparison in each.
 
     autograd_function_apply(fwd, bwd, s0, s1, x)   ->   autograd_function_apply(fwd', bwd', x)
 
@@ -15,10 +16,14 @@ Dynamo hands the symbolic sizes of a surrogate's operands to its bodies, whether
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 
 from snn_compile.ir.values import example, known_int
+
+COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
 
 
 def specialize_floats(gm: fx.GraphModule) -> None:
@@ -35,12 +40,12 @@ def specialize_floats(gm: fx.GraphModule) -> None:
 
 def fold_sizes(gm: fx.GraphModule) -> None:
     """Replace arithmetic on sizes by its number where that is known, and erase what nothing reads."""
-    arithmetic = [n for n in gm.graph.nodes if _is_size_arithmetic(n)]
+    arithmetic = dict.fromkeys(n for n in gm.graph.nodes if _is_size_arithmetic(n))
     for node in arithmetic:
         number = known_int(example(node))
         if number is not None:
             _replace_by(node, number)
-    for node in reversed(arithmetic):
+    for node in reversed([n for n in gm.graph.nodes if n in arithmetic or n.target in COMPARISONS]):
         if not node.users:
             gm.graph.erase_node(node)
 

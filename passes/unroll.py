@@ -12,6 +12,7 @@ from torch import fx
 
 from snn_compile.ir.loop import Loop
 from snn_compile.ir.values import example, is_getitem
+from snn_compile.passes.emit import attribute
 from snn_compile.passes.functionalize import store
 
 
@@ -28,7 +29,7 @@ def unroll(gm: fx.GraphModule, call: fx.Node, loop: Loop) -> None:
             env = dict(zip(placeholders, (*carries, *now, *consts), strict=True))
             for node in loop.body.graph.nodes:
                 if node.op in ("call_function", "call_method", "call_module"):
-                    env[node] = graph.node_copy(node, lambda n, env=env: _argument(gm, loop, n, env))
+                    env[node] = graph.node_copy(node, lambda n, env=env: env[n] if n in env else attribute(gm, loop, n))
             next_carries, values = loop.results()
             carries = [env[n] for n in next_carries]
             steps.append([env[n] for n in values])
@@ -41,15 +42,6 @@ def unroll(gm: fx.GraphModule, call: fx.Node, loop: Loop) -> None:
         if not node.users and node.target is torch.stack:
             graph.erase_node(node)
     delattr(gm, str(call.target))
-
-
-def _argument(gm: fx.GraphModule, loop: Loop, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
-    if node.op != "get_attr":
-        return env[node]
-    name = f"{loop.name}_{node.target}"
-    if not hasattr(gm, name):
-        gm.add_submodule(name, getattr(loop.body, str(node.target)))
-    return gm.graph.get_attr(name)
 
 
 def _read(graph: fx.Graph, x: fx.Node, t: int) -> fx.Node:

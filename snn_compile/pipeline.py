@@ -39,6 +39,7 @@ from snn_compile.passes.functionalize import functionalize
 from snn_compile.passes.grow_states import grow_states
 from snn_compile.passes.hoist import find_invariant, hoist
 from snn_compile.passes.hoist_creations import hoist_creations
+from snn_compile.passes.inline_detached import inline_detached
 from snn_compile.passes.reroll import reroll
 from snn_compile.passes.roll_scan import roll_scans
 from snn_compile.passes.specialize import drop_unread_sizes, fold_sizes, specialize_floats
@@ -66,6 +67,7 @@ COUNTERS = (
 PASSES = (
     ("specialize", "numbers that became symbolic without need are numbers again; checks of shapes leave no trace"),
     ("decompose", "an opaque neuron op becomes the plain loop registered for it"),
+    ("inline_detached", "a surrogate whose gradient nobody asks for becomes what its forward computes"),
     ("functionalize", "writes into loop-local tensors become values"),
     ("hoist_creations", "constant tensors are made once, before everything else"),
     ("roll_scan", "a `torch._higher_order_ops.scan` becomes one Loop"),
@@ -124,6 +126,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     decomposed, refused = decompose(work)
     report.rejections += refused
     counters["snn_compile"]["ops_decomposed"] += decomposed
+    inline_detached(work)
     functionalize(work)
     hoist_creations(work)
     dump(work, "1_functionalize")

@@ -44,6 +44,7 @@ LAYERS = {
     "pool": (lambda a: F.avg_pool2d(F.max_pool2d(a, 2), 2).flatten(1), x(6, 2, 3, 8, 8)),
     "layer_norm": (lambda a: F.layer_norm(a, (5,)), x()),
     "softmax": (lambda a: F.softmax(a, dim=-1), x()),
+    "attention": (lambda a: F.scaled_dot_product_attention(a, a, a), x(6, 2, 3, 8, 4)),
     "batch_norm, eval": (lambda a, m, v: F.batch_norm(a, m, v), x(), torch.randn(5), torch.rand(5) + 0.5),
 }
 
@@ -54,6 +55,48 @@ def test_layer_runs_once(name):
     captured = capture(over_time(layer), *inputs)
     reasons = batch_all(captured)
     assert not reasons
+    assert all(loop.is_kernel for _, loop in captured.loops())
+
+
+#: Steps that do something else with their batch, and the op that all of them become.
+BY_VMAP = {
+    "einsum": (lambda a, w: torch.einsum("bi,ji->bj", a, w), "bmm", x(), torch.randn(5, 5)),
+    "matmul": (lambda a, w: a @ w, "mm", x(), torch.randn(5, 5)),
+    "batched matmul": (lambda a: (a @ a.transpose(-2, -1)).softmax(-1) @ a, "bmm", x(6, 2, 3, 4)),
+    "view": (lambda a: a.view(a.shape[0], -1) * 1.0, "view", x(6, 2, 3, 4)),
+    "permute and reshape": (lambda a: a.permute(0, 2, 1).reshape(2, -1), "permute", x(6, 2, 3, 4)),
+    "mean over space": (lambda a: a.mean((2, 3)), "mean", x(6, 2, 3, 4, 4)),
+    "sum over the batch": (lambda a: a + a.sum(0, keepdim=True), "sum", x()),
+    "cumsum over the batch": (lambda a: a.cumsum(0), "cumsum", x()),
+    "softmax over the batch": (lambda a: F.softmax(a, dim=0), "_softmax", x()),
+    "embedding": (lambda a, w: F.embedding((a > 0).long(), w).sum(-1), "embedding", x(), torch.randn(2, 4)),
+    "topk": (lambda a: a.topk(2, -1)[0], "topk", x()),
+    "normalise": (lambda a: F.normalize(a, dim=1), "linalg_vector_norm", x()),
+    "interpolate": (lambda a: F.interpolate(a, scale_factor=2), "upsample_nearest2d", x(6, 2, 3, 4, 4)),
+    "convolution to features": (lambda a, w: F.conv2d(a, w).sum(0), "sum", x(6, 2, 3, 8, 8), torch.randn(4, 3, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", BY_VMAP)
+def test_step_runs_once_by_vmap(name):
+    layer, op, *inputs = BY_VMAP[name]
+    captured = capture(over_time(layer), *inputs)
+    assert not batch_all(captured)
+    assert all(loop.is_kernel for _, loop in captured.loops())
+    names = [t._schema.name.removeprefix("aten::") for t in captured.targets() if isinstance(t, torch._ops.OpOverload)]
+    assert 1 <= names.count(op) <= 2, names
+
+
+def test_reversed_time():
+    def function(a, w):
+        v, out = torch.zeros(3, 4), []
+        for t in range(a.shape[0]):
+            v = 0.5 * v + F.linear(a[a.shape[0] - 1 - t], w)
+            out.append(v)
+        return torch.stack(out[::-1])
+
+    captured = capture(function, x(), torch.randn(4, 5))
+    assert not batch_all(captured)
     assert all(loop.is_kernel for _, loop in captured.loops())
 
 
@@ -90,9 +133,7 @@ def test_dropout_draws_all_masks_at_once():
 
 
 NEAR_MISSES = {
-    "cumsum over the batch": (lambda a: a.cumsum(0), "not known to treat its first dim as a batch"),
-    "softmax over the batch": (lambda a: F.softmax(a, dim=0), "not known to treat its first dim as a batch"),
-    "weights with a batch dim": (lambda a: a.flip(0), "first dim"),
+    "no batching rule": (lambda a: torch.histc(a, 5) + a, "'histc' is not known to treat its first dim as a batch; torch.vmap: "),
 }
 
 

@@ -1,0 +1,48 @@
+"""A captured graph is copied into another one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from snn_compile.ir.values import example
+
+
+class Inliner(fx.Interpreter):
+    """Copies `graph` to where nodes are inserted in `gm`, in the place of `node`, with examples of the graph it goes into."""
+
+    def __init__(self, graph: fx.GraphModule, gm: fx.GraphModule, node: fx.Node) -> None:
+        super().__init__(graph)
+        self.gm, self.node = gm, node
+        self.copies: dict[fx.Node, Any] = {}
+        self.attributes: dict[str, str] = {}
+
+    def inline(self, inputs: Sequence[Any]) -> Any:
+        """The graph's results, in their structure, as nodes of `gm`, given its inputs as nodes of `gm` (or numbers)."""
+        placeholders = [n for n in self.module.graph.nodes if n.op == "placeholder"]
+        self.copies = dict(zip(placeholders, inputs, strict=True))
+        self.run(*map(example, inputs))
+        return fx.node.map_arg(self.module.graph.output_node().args[0], self.copies.__getitem__)
+
+    def run_node(self, n: fx.Node) -> object:
+        value = super().run_node(n)
+        if n.op in ("placeholder", "output"):
+            return value
+        new = self.gm.graph.node_copy(n, self.copies.__getitem__)
+        if n.op == "get_attr":
+            new.target = self._attribute(str(n.target), value)
+        new.meta = {"example_value": value, "stack_trace": self.node.meta.get("stack_trace", "")}
+        self.copies[n] = new
+        return value
+
+    def _attribute(self, name: str, value: object) -> str:
+        """`value` as an attribute of the graph it goes into, once a call."""
+        if name not in self.attributes:
+            i = 0
+            while hasattr(self.gm, f"inlined_{i}"):
+                i += 1
+            self.attributes[name] = f"inlined_{i}"
+            setattr(self.gm, self.attributes[name], value)
+        return self.attributes[name]

@@ -1,0 +1,49 @@
+"""A step that `torch.vmap` can batch over time: the second way of `passes/batch_time`, for ops without a rule of their own.
+
+    for t: y[t] = einsum("bij,bjk->bik", a[t], w)      ->      y = vmap(step, in_dims=0)(a)      (traced: one batched matmul)
+
+Time becomes a new leading dim instead of a part of the batch dim, so that the step may do with its batch whatever it likes
+(sums over it, views, permutations, attention). What is inlined is what vmap computes, as ATen ops.
+
+Does not fire: writes, regions and surrogates (which cannot be batched as they are), sizes that are not known, ops that vmap
+has no rule for.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from snn_compile.errors import Reject
+from snn_compile.ir.loop import Loop
+from snn_compile.ir.values import example
+from snn_compile.passes.inline import Inliner
+
+
+def vmap_time(gm: fx.GraphModule, call: fx.Node, loop: Loop) -> list[fx.Node]:
+    """Time series ``[T, ...]`` of the body's results (next carries, values), inserted before `call`. Raises `Reject`."""
+    n = len(loop.carries)
+    operands = list(call.args[n:])
+    examples = [example(a) for a in operands]
+    if any(not isinstance(s, int) for e in examples if isinstance(e, torch.Tensor) for s in e.shape):
+        raise Reject("torch.vmap: sizes that are not known")
+    if any(node.op == "get_attr" for node in loop.body.graph.nodes):
+        raise Reject("torch.vmap: it holds a surrogate or a region")
+    in_dims = tuple([0] * len(loop.xs) + [None] * len(loop.consts))
+
+    def step(*values: object) -> Sequence[object]:
+        return loop.body(*[None] * n, *values)  # type: ignore[no-any-return]
+
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error")  # an op without a batching rule is run step by step, with a warning: no gain
+            traced = make_fx(torch.vmap(step, in_dims, randomness="different"))(*examples)
+    except Exception as error:  # whatever vmap cannot do stays per step: the ways in which it says so are its own
+        raise Reject(f"torch.vmap: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+    with gm.graph.inserting_before(call):
+        results: Sequence[fx.Node] = Inliner(traced, gm, call).inline(operands)
+    return list(results)
