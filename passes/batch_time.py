@@ -210,6 +210,7 @@ def _is_batched(node: fx.Node, info: OpInfo, folded: set[fx.Node]) -> bool:
         return info.pointwise
     if info.pointwise:
         value = example(node)
+        value = value[0] if isinstance(value, (tuple, list)) else value
         # a constant with as many dims as the value has a batch dim of its own, which folding would stretch
         own = [example(o) for o in operands if o not in folded]
         dims = value.dim() if isinstance(value, torch.Tensor) else 0

@@ -16,11 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
+from snn_compile.decompositions import CELLS as CELL_NAMES
 from snn_compile.decompositions import Decomposition, decomposition_of
 from snn_compile.errors import Reject, Rejection
 from snn_compile.ir.values import example, is_getitem, user_location
 from snn_compile.passes.inline import Inliner
+
+#: PyTorch's cells in a Dynamo graph are functions, not ops.
+CELLS = {getattr(torch, name) for name in CELL_NAMES}
 
 
 @dataclass(frozen=True)
@@ -35,14 +40,13 @@ class _Captured:
 
 def decompose(gm: fx.GraphModule) -> tuple[int, list[Rejection]]:
     """Inline the decomposition of every op that has one; gives how many were, and why others were not."""
-    count, rejections, captured = 0, [], dict[object, _Captured]()
+    count, rejections, captured = 0, [], dict[object, _Captured | None]()
     for node in [n for n in gm.graph.nodes if n.op == "call_function"]:
         function = _decomposition(node)
         if function is None:
             continue
         try:
-            _inline(gm, node, function, captured)
-            count += 1
+            count += _inline(gm, node, function, captured)
         except Reject as reject:
             rejections.append(reject.rejection)
     if count:
@@ -54,11 +58,13 @@ def decompose(gm: fx.GraphModule) -> tuple[int, list[Rejection]]:
 def _decomposition(node: fx.Node) -> Decomposition | None:
     if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return decomposition_of(node.target)
+    if node.target in CELLS:
+        return decomposition_of(f"aten::{node.target.__name__}")  # type: ignore[union-attr]
     return None
 
 
-def _inline(gm: fx.GraphModule, node: fx.Node, function: Decomposition, captured: dict[object, _Captured]) -> None:
-    leaves = [*node.args, *node.kwargs.values()]
+def _inline(gm: fx.GraphModule, node: fx.Node, function: Decomposition, captured: dict[object, _Captured | None]) -> bool:
+    leaves = tree_leaves((node.args, node.kwargs))
     nodes = [a for a in leaves if isinstance(a, fx.Node)]
     if any(not isinstance(s, int) for n in nodes if isinstance(example(n), Tensor) for s in example(n).shape):
         raise Reject(f"{node.target} has sizes that are not known", node=node, location=user_location(node))
@@ -66,9 +72,13 @@ def _inline(gm: fx.GraphModule, node: fx.Node, function: Decomposition, captured
     if key not in captured:
         captured[key] = _capture(node, function)
     found = captured[key]
+    if found is None:
+        return False
     with gm.graph.inserting_before(node):
         outputs = Inliner(found.graph, gm, node).inline([nodes[i] for i in found.inputs])
     results = [outputs[r] if r >= 0 else nodes[-1 - r] for r in found.results]
+    if isinstance(example(node), Tensor):
+        node.replace_all_uses_with(results[0])
     for user in list(node.users):
         if not is_getitem(user):
             raise Reject(f"the results of {node.target} are used as one tuple", node=node, location=user_location(node))
@@ -76,6 +86,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node, function: Decomposition, captured
         gm.graph.erase_node(user)
     gm.graph.erase_node(node)
     _unwrap_steps(gm, results)
+    return True
 
 
 def _signature(value: object) -> object:
@@ -87,9 +98,9 @@ def _signature(value: object) -> object:
 # ------------------------------------------------------------------------------------------------------------- capturing
 
 
-def _capture(node: fx.Node, function: Decomposition) -> _Captured:
+def _capture(node: fx.Node, function: Decomposition) -> _Captured | None:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), example)
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
     found: list[tuple[fx.GraphModule, tuple[int, ...], Sequence[object]]] = []
 
     def keep(graph: fx.GraphModule, _: object) -> Callable[..., object]:
@@ -103,7 +114,10 @@ def _capture(node: fx.Node, function: Decomposition) -> _Captured:
 
     with torch._dynamo.config.patch(specialize_float=True):
         results = torch.compile(_fresh(function), backend=keep, fullgraph=True, dynamic=False)(*args, **kwargs)
+    if results is NotImplemented:
+        return None
     graph, inputs, outputs = found[0]
+    results = [results] if isinstance(results, Tensor) else results
     return _Captured(graph, inputs, tuple(_place(r, outputs, tensors) for r in results))
 
 

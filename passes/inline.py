@@ -15,16 +15,16 @@ class Inliner(fx.Interpreter):
 
     def __init__(self, graph: fx.GraphModule, gm: fx.GraphModule, node: fx.Node) -> None:
         super().__init__(graph)
-        self.gm, self.node = gm, node
+        self.source, self.gm, self.node = graph.graph, gm, node
         self.copies: dict[fx.Node, Any] = {}
         self.attributes: dict[str, str] = {}
 
     def inline(self, inputs: Sequence[Any]) -> Any:
         """The graph's results, in their structure, as nodes of `gm`, given its inputs as nodes of `gm` (or numbers)."""
-        placeholders = [n for n in self.module.graph.nodes if n.op == "placeholder"]
+        placeholders = [n for n in self.source.nodes if n.op == "placeholder"]
         self.copies = dict(zip(placeholders, inputs, strict=True))
         self.run(*map(example, inputs))
-        return fx.node.map_arg(self.module.graph.output_node().args[0], self.copies.__getitem__)
+        return fx.node.map_arg(self.source.output_node().args[0], self.copies.__getitem__)
 
     def run_node(self, n: fx.Node) -> object:
         value = super().run_node(n)

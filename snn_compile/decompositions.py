@@ -27,10 +27,13 @@ __all__ = ["decomposition_of", "register_decomposition"]
 
 Decomposition = Callable[..., Any]
 
-#: Modules that register the loops of a namespace when one of its ops is met; the library itself is never imported.
+#: PyTorch's own cells, which Dynamo leaves whole.
+CELLS = ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+
+#: Modules that register the loops of a namespace, or of one op, when it is met; the library itself is never imported.
 SHIPPED = dict.fromkeys(
     ("sj_if", "sj_lif", "sj_plif", "sj_ilif", "sj_qif", "sj_eif", "sj_izhikevich"), "snn_compile.compat.spikingjelly"
-)
+) | dict.fromkeys((f"aten::{cell}" for cell in CELLS), "snn_compile.compat.torch_cells")
 
 _registered: dict[str, Decomposition] = {}
 
@@ -43,7 +46,8 @@ def register_decomposition(
     Args:
         op: the op, or its name ``"namespace::name"`` (the default overload) or ``"namespace::name.overload"``.
         fn: a function with the op's signature, in plain PyTorch with a loop over time, that returns as many tensors as the
-            op. Its results must equal the op's, its gradients the gradients registered for the op.
+            op. Its results must equal the op's, its gradients the gradients registered for the op. `NotImplemented` leaves
+            a call as it is.
 
     The loop replaces the op where the loop becomes a kernel; elsewhere the op is called as before. A later registration
     takes the place of an earlier one.
@@ -61,7 +65,8 @@ def register_decomposition(
 def decomposition_of(op: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> Decomposition | None:
     """The loop registered for this op, or None."""
     name = _qualified_name(op)
-    if name not in _registered and (module := SHIPPED.get(name.split("::")[0])) is not None:
+    module = SHIPPED.get(name) or SHIPPED.get(name.split("::")[0])
+    if name not in _registered and module is not None:
         importlib.import_module(module)
     return _registered.get(name)
 

@@ -23,6 +23,8 @@ class Model:
     make: Callable[[], nn.Module]
     recurrences: int = 1
     reason: str = ""
+    #: how far apart the values may be: `tanh` is the vendor's library in ATen, and 1 ulp away from it here
+    atol: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.library}-{self.name}"
@@ -106,9 +108,31 @@ def snntorch() -> Iterator[tuple]:  # type: ignore[type-arg]
     yield "RLeaky, one to one", lambda: Loop(snt.RLeaky(beta=0.9, all_to_all=False), one("init_rleaky"))
     yield "RLeaky", lambda: Loop(snt.RLeaky(beta=0.9, linear_features=N), one("init_rleaky"))
     yield "RSynaptic", lambda: Loop(snt.RSynaptic(alpha=0.9, beta=0.8, linear_features=N), one("init_rsynaptic"))
+    for reset in ("none", "subtract", "zero"):
+        for name, cell, shape in (("SLSTM", snt.SLSTM, (N, N)), ("SConv2dLSTM", snt.SConv2dLSTM, (1, 1, 3))):
+            options = {"reset_mechanism": reset, "threshold": 0.1}
+            yield (
+                f"{name}, {reset}",
+                lambda name=name, cell=cell, shape=shape, options=options: (
+                    Loop(cell(*shape, **options), one("reset_mem")) if name == "SLSTM" else Images(cell(*shape, **options))
+                ),
+                1,
+                "",
+                2e-7,
+            )
     yield "LeakyParallel", lambda: snt.LeakyParallel(N, N), 0, "Dynamo does not enter `nn.RNN`"
     yield "tutorial net", lambda: TutorialNet(snt), 2
     yield "tutorial net, static input", lambda: TutorialNet(snt, static=True), 2
+
+
+class Images(Loop):
+    """A convolutional cell over images of one channel."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__(cell, lambda cell, x: cell.reset_mem())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return super().forward(x.view(T, B, 1, 4, 5))
 
 
 class TutorialNet(nn.Module):
