@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import logging
+import statistics
 import sys
 from pathlib import Path
 
 import _harness as h
 import torch
 
+from snn_compile.backend import snn
 from snn_compile.explain import explain
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the models are those of the tests
+from tests.ecosystem import models as sizes
 from tests.ecosystem.models import Model, models
-from tests.ecosystem.test_models import both
+from tests.ecosystem.test_models import both, results
 
 DOCS = Path(__file__).parent.parent / "docs"
 LIBRARIES = ("snntorch", "spikingjelly", "norse", "sinabs")
@@ -27,7 +31,7 @@ def row(model: Model) -> dict[str, str]:
     error = max((float((a - b).abs().max() / a.abs().max().clamp(min=1e-30)) for a, b in pairs), default=0.0)
     torch._dynamo.reset()
     torch.manual_seed(0)
-    found = explain(model.make(), step_from=4)(model.inputs())
+    found = explain(model.build(), step_from=4)(model.inputs())
     kinds = {"kernel": len(found.recurrences), "program of kernels and calls": len(found.stepped)}
     compiled = ", ".join(f"{n} {kind}{'s' if n > 1 and kind == 'kernel' else ''}" for kind, n in kinds.items() if n)
     return {
@@ -39,18 +43,40 @@ def row(model: Model) -> dict[str, str]:
     }
 
 
+def speed(model: Model) -> dict[str, str]:
+    """Seconds of the first training step, and how many times faster than eager and Inductor the next ones are."""
+    runs, first = {}, 0.0
+    for name, backend in (("eager", None), ("inductor", "inductor"), ("snn", snn)):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        module, x = model.build(), model.inputs()
+        run = module if backend is None else torch.compile(module, backend=backend)  # type: ignore[call-overload]
+        runs[name] = functools.partial(results, module, x, run)
+        _, first = h.first_call(runs[name])
+    times = {k: statistics.median(v) for k, v in h.interleaved(runs, 9).items()}
+    return {
+        "first call": f"{first:.1f} s",
+        "step": f"{times['snn'] * 1e3:.2f} ms",
+        "vs eager": f"{times['eager'] / times['snn']:.1f}",
+        "vs Inductor": f"{times['inductor'] / times['snn']:.1f}",
+    }
+
+
 def main() -> None:
     logging.disable(logging.WARNING)
-    rows = []
-    for model in models():
-        rows.append(row(model))
-        print(h.markdown(rows[-1:], list(rows[-1])).splitlines()[-1], flush=True)
+    rows = [row(model) for model in models()]
+    sizes.T, sizes.B, sizes.N = 16, 32, 256
+    for made, model in zip(rows, models(), strict=True):
+        made |= speed(model)
+        print(h.markdown([made], list(made)).splitlines()[-1], flush=True)
     machine = h.machine()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
     text = f"""# Models of other libraries
 
 Written by `python benchmarks/ecosystem_table.py`; each row is also a test (`tests/ecosystem`). {versions}, torch
 {machine["torch"]}, {machine["machine"]}, {machine["date"]}. The gradient error is relative to the largest gradient of a tensor.
+"Prepared": after `snn_compile.compat.prepare` ([ecosystem.md](ecosystem.md)). Speeds are those of a training step over inputs
+[{sizes.T}, {sizes.B}, {sizes.N}], with as many features in each layer, medians of interleaved runs; the first call is trace and compilation.
 
 {h.markdown(rows, list(rows[0]))}
 """

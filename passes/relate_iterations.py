@@ -42,12 +42,8 @@ def read_slots(node: fx.Node, attributes: dict[fx.Node, object]) -> Slots:
             return "%"
         return repr(arg)
 
-    frame = (node.op, _target_key(node.target), visit(node.args, 0), visit(node.kwargs, 0))
+    frame = (node.op, node.target, visit(node.args, 0), visit(node.kwargs, 0))
     return Slots(leaves, frame)
-
-
-def _target_key(target: object) -> object:
-    return target if isinstance(target, str) else id(target)
 
 
 def submodule_key(module: object, memo: dict[int, object]) -> object:
@@ -60,7 +56,7 @@ def submodule_key(module: object, memo: dict[int, object]) -> object:
         for n in module.graph.nodes:
             args = fx.node.map_arg((n.args, tuple(sorted(n.kwargs.items()))), lambda m: f"%{numbers[m]}")
             inner = submodule_key(getattr(module, n.target), memo) if n.op == "get_attr" and "." not in n.target else ""
-            lines.append((n.op, "" if n.op == "placeholder" else _target_key(n.target), repr(args), inner))
+            lines.append((n.op, "" if n.op == "placeholder" else n.target, repr(args), inner))
         memo[id(module)] = hash(tuple(lines)), tuple(lines)
     return memo[id(module)]
 

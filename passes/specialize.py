@@ -12,6 +12,8 @@ A check of shapes in Python (`if state.shape != x.shape: raise`) leaves its arit
     autograd_function_apply(fwd, bwd, s0, s1, x)   ->   autograd_function_apply(fwd', bwd', x)
 
 Dynamo hands the symbolic sizes of a surrogate's operands to its bodies, whether they read them or not.
+
+    trampoline_1(u); trampoline_2(w)   ->   Surrogate.apply(u); Surrogate.apply(w)      (`torch._dynamo.allow_in_graph`)
 """
 
 from __future__ import annotations
@@ -36,6 +38,24 @@ def specialize_floats(gm: fx.GraphModule) -> None:
         _replace_by(node, number)
         if not node.users:
             gm.graph.erase_node(node)
+
+
+def name_allowed_functions(gm: fx.GraphModule) -> None:
+    """Give every call of one `autograd.Function` that was allowed in the graph one and the same target.
+
+    Dynamo (torch 2.11 to 2.13) makes a new closure ``trampoline(*args) = cls.apply(*args)`` for each call, so that no two calls
+    look alike.
+    """
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and (cls := _allowed_function(node.target)) is not None:
+            node.target = cls.apply
+
+
+def _allowed_function(target: object) -> type[torch.autograd.Function] | None:
+    if getattr(target, "__name__", "") != "trampoline_autograd_apply":
+        return None
+    cells = [c.cell_contents for c in getattr(target, "__closure__", None) or ()]
+    return cells[0] if len(cells) == 1 and issubclass(cells[0], torch.autograd.Function) else None
 
 
 def fold_sizes(gm: fx.GraphModule) -> None:

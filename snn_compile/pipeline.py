@@ -42,7 +42,7 @@ from snn_compile.passes.hoist_creations import hoist_creations
 from snn_compile.passes.inline_detached import inline_detached
 from snn_compile.passes.reroll import reroll
 from snn_compile.passes.roll_scan import roll_scans
-from snn_compile.passes.specialize import drop_unread_sizes, fold_sizes, specialize_floats
+from snn_compile.passes.specialize import drop_unread_sizes, fold_sizes, name_allowed_functions, specialize_floats
 from snn_compile.passes.unroll import restore_writes, unroll
 
 log = logging.getLogger("snn_compile")
@@ -123,6 +123,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     specialize_floats(work)
     fold_sizes(work)
     drop_unread_sizes(work)
+    name_allowed_functions(work)
     decomposed, refused = decompose(work)
     report.rejections += refused
     counters["snn_compile"]["ops_decomposed"] += decomposed

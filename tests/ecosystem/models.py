@@ -8,10 +8,12 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+
+from snn_compile.compat import prepare
 
 T, B, N = 6, 4, 20
 
@@ -25,9 +27,14 @@ class Model:
     reason: str = ""
     #: how far apart the values may be: `tanh` is the vendor's library in ATen, and 1 ulp away from it here
     atol: float = 0.0
+    #: with `snn_compile.compat.prepare`
+    prepared: bool = False
 
     def __str__(self) -> str:
         return f"{self.library}-{self.name}"
+
+    def build(self) -> nn.Module:
+        return prepare(self.make()) if self.prepared else self.make()
 
     def inputs(self) -> Tensor:
         return (torch.rand(T, B, N, generator=torch.Generator().manual_seed(1)) * 2).requires_grad_()
@@ -65,7 +72,13 @@ def models() -> Iterator[Model]:
     ):
         if has(library):
             try:
-                yield from (Model(library, *m) if isinstance(m, tuple) else m for m in found())
+                of_library = [Model(library, *m) for m in found()]
+                yield from of_library
+                yield from (
+                    replace(m, name=f"{m.name}, prepared", recurrences=1, reason="", prepared=True)
+                    for m in of_library
+                    if m.reason.startswith("Dynamo:")
+                )
             except ImportError as error:  # the library is there, something that it imports is not
                 warnings.warn(f"{library} is left out: {error}", stacklevel=2)
 
@@ -132,7 +145,7 @@ class Images(Loop):
         super().__init__(cell, lambda cell, x: cell.reset_mem())
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return super().forward(x.view(T, B, 1, 4, 5))
+        return super().forward(x.view(T, B, 1, 4, N // 4))
 
 
 class TutorialNet(nn.Module):

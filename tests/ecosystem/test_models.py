@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from snn_compile.backend import snn
+from snn_compile.compat import prepare
 from snn_compile.explain import explain
-from tests.ecosystem.models import Model, models
+from tests.ecosystem.models import Model, has, models
 
 FOUND = {str(m): m for m in models()}
 
@@ -27,7 +31,7 @@ def both(model: Model):  # type: ignore[no-untyped-def]
     made = []
     for compiled in (False, True):
         torch.manual_seed(0)
-        module, x = model.make(), model.inputs()
+        module, x = model.build() if compiled else model.make(), model.inputs()
         made.append(results(module, x, torch.compile(module, backend=snn, options={"step_from": 4}) if compiled else module))
     return made
 
@@ -45,8 +49,65 @@ def test_model(name):
             torch.testing.assert_close(b, a, rtol=0, atol=1e-5 * max(1e-6, float(a.abs().max())))
     torch._dynamo.reset()
     torch.manual_seed(0)
-    found = explain(model.make(), step_from=4)(model.inputs())
+    found = explain(model.build(), step_from=4)(model.inputs())
     compiled = [*found.recurrences, *found.stepped]
     assert len(compiled) >= model.recurrences, str(found)
     if model.reason:
         assert not compiled, f"'{name}' is compiled now: say so in tests/ecosystem/models.py"
+
+
+@pytest.mark.skipif(not has("snntorch"), reason="snnTorch is not installed")
+def test_prepare_keeps_the_state_dict():
+    import snntorch
+
+    def make(reset):
+        return nn.Sequential(snntorch.Leaky(beta=0.9, reset_mechanism=reset))
+
+    plain, prepared = make("zero"), prepare(make("zero"))
+    assert prepared.state_dict().keys() == plain.state_dict().keys()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(prepared.state_dict()[name], value), name
+    other = prepare(make("none"))
+    other.load_state_dict(plain.state_dict())
+    assert other[0].reset_mechanism_val == 1
+    make("none").load_state_dict(prepared.state_dict())
+    assert prepare(prepared) is prepared and copy.deepcopy(prepared)[0].reset_mechanism_val == 1
+
+
+def test_prepare_leaves_other_modules_alone():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.spike_fn = torch.nn.functional.relu
+            self.state_fallback = lambda x: x
+
+    own = Own()
+    before = dict(vars(own))
+    assert prepare(own) is own and vars(own) == before
+
+
+@pytest.mark.skipif(not has("norse"), reason="Norse is not installed")
+@pytest.mark.parametrize(
+    "name", ["LIFCell", "LIFRecurrentCell", "LSNNCell", "LSNNRecurrentCell", "IzhikevichCell", "LIFRefracCell"]
+)
+def test_prepared_initial_state_of_norse(name):
+    import norse.torch as nt
+
+    make = getattr(nt, name)
+    cell = make(3, 7) if "Recurrent" in name else make(nt.tonic_spiking) if name == "IzhikevichCell" else make()
+    x = torch.rand(5, 3)
+    expected = tree_leaves(cell.state_fallback(x) if hasattr(cell, "state_fallback") else cell.initial_state(x))
+    prepare(cell)
+    got = tree_leaves(cell.state_fallback(x) if hasattr(cell, "state_fallback") else cell.initial_state(x))
+    for a, b in zip(expected, got, strict=True):
+        torch.testing.assert_close(b, a.detach(), rtol=0, atol=0, check_dtype=True)
+
+
+@pytest.mark.skipif(not has("norse"), reason="Norse is not installed")
+def test_a_learnt_initial_state_of_norse_is_left_alone():
+    import norse.torch as nt
+
+    cell = nt.LIFCell()
+    leak = nn.Parameter(torch.zeros(()))
+    cell.state_fallback = fallback = lambda x: (leak * 1.0, torch.zeros_like(x))
+    assert prepare(cell).state_fallback is fallback
