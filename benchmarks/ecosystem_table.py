@@ -76,7 +76,7 @@ def main() -> None:
 Written by `python benchmarks/ecosystem_table.py`; each row is also a test (`tests/ecosystem`). {versions}, torch
 {machine["torch"]}, {machine["machine"]}, {machine["date"]}. The gradient error is relative to the largest gradient of a tensor.
 "Prepared": after `snn_compile.compat.prepare` ([ecosystem.md](ecosystem.md)). Speeds are those of a training step over inputs
-[{sizes.T}, {sizes.B}, {sizes.N}], with as many features in each layer, medians of interleaved runs; the first call is trace and compilation.
+[{sizes.T}, {sizes.B}, {sizes.N}], medians of interleaved runs; the first call is trace and compilation.
 
 {h.markdown(rows, list(rows[0]))}
 """
