@@ -9,6 +9,7 @@ backward) of interleaved runs, after a check that the outputs agree.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import statistics
 import sys
 from collections.abc import Callable
@@ -109,6 +110,60 @@ class SpikingJellyTutorial(nn.Module):
         return rate / x.shape[0]
 
 
+def multi_step_lif(x: Tensor) -> Tensor:
+    """`lif` over ``x [T, B, ...]``."""
+    v, out = torch.zeros_like(x[0]), []
+    for t in range(x.shape[0]):
+        s, v = lif(v, x[t])
+        out.append(s)
+    return torch.stack(out)
+
+
+class ConvNorm(nn.Sequential):
+    """Convolution and batch norm over all steps at once, then the neuron: ``[T, B, C, H, W] -> [T, B, C', H', W']``."""
+
+    def __init__(self, channels: int, out: int, kernel: int = 3, stride: int = 1) -> None:
+        super().__init__(nn.Conv2d(channels, out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return multi_step_lif(super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
+
+
+class SEWBlock(nn.Module):
+    """Two convolutions, and the spikes of the block before added to theirs (Fang et al. 2021)."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(ConvNorm(channels, out, 3, stride), ConvNorm(out, out))
+        self.shortcut = ConvNorm(channels, out, 1, stride) if stride > 1 or channels != out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + self.shortcut(x)  # type: ignore[no-any-return]
+
+
+class SEWResNet18(nn.Module):
+    """SEW-ResNet-18 for images of 32x32, channels-last, over ``[T, B, 3, 32, 32]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = (
+            (64, 64, 1),
+            (64, 64, 1),
+            (64, 128, 2),
+            (128, 128, 1),
+            (128, 256, 2),
+            (256, 256, 1),
+            (256, 512, 2),
+            (512, 512, 1),
+        )
+        self.stem, self.blocks = ConvNorm(3, 64), nn.Sequential(*(SEWBlock(*s) for s in sizes))
+        self.head = nn.Linear(512, 10)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((3, 4))).mean(0)  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True)
 class Network:
     make: Callable[[], nn.Module]
@@ -116,6 +171,7 @@ class Network:
     library: str = ""
     training: bool = True
     inductor: bool = True  # (a long loop takes Inductor minutes)
+    channels_last: bool = False
 
 
 NETWORKS = {
@@ -126,6 +182,8 @@ NETWORKS = {
     "conv net, 8x8, T=16": Network(lambda: Convolutional(8), (16, 32, 1, 8, 8)),
     "conv net, 32x32, T=16": Network(lambda: Convolutional(32), (16, 16, 1, 32, 32)),
     "conv net, 32x32, T=16, inference": Network(lambda: Convolutional(32), (16, 16, 1, 32, 32), training=False),
+    "SEW-ResNet-18, 32x32, T=4": Network(SEWResNet18, (4, 8, 3, 32, 32), channels_last=True),
+    "SEW-ResNet-18, 32x32, T=4, inference": Network(SEWResNet18, (4, 8, 3, 32, 32), training=False, channels_last=True),
 }
 
 
@@ -150,6 +208,8 @@ def step(network: Network, backend: object, x: Tensor, y: Tensor) -> tuple[Calla
 def measure(name: str, network: Network) -> list[dict[str, str]]:
     torch.manual_seed(1)
     x = torch.rand(network.shape) * 2
+    if network.channels_last:
+        x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, network.shape[:2])
     y = torch.randint(0, 10, (network.shape[1],))
     runs, firsts, outs = {}, {}, {}
     for label, backend in (("eager", None), ("inductor", "inductor"), ("snn", snn)):

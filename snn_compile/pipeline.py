@@ -36,6 +36,7 @@ from snn_compile.passes.distribute import Group, distribute, find_groups
 from snn_compile.passes.fold_batch_norm import fold_batch_norm
 from snn_compile.passes.fold_threshold import fold_threshold
 from snn_compile.passes.functionalize import functionalize
+from snn_compile.passes.fuse_consumers import fuse_consumers
 from snn_compile.passes.grow_states import grow_states
 from snn_compile.passes.hoist import find_invariant, hoist
 from snn_compile.passes.hoist_creations import hoist_creations
@@ -57,6 +58,7 @@ COUNTERS = (
     "recurrences_stepped",
     "ops_time_batched",
     "ops_hoisted",
+    "consumers_fused",
     "batch_norms_folded",
     "thresholds_folded",
     "rejections",
@@ -72,6 +74,7 @@ PASSES = (
     ("hoist_creations", "constant tensors are made once, before everything else"),
     ("roll_scan", "a `torch._higher_order_ops.scan` becomes one Loop"),
     ("reroll", "T equal iterations become one Loop"),
+    ("fuse_consumers", "a pointwise op on the whole output of a loop moves into it"),
     ("fold_batch_norm", "a batch norm with fixed statistics in a neuron becomes a multiply-add"),
     ("hoist", "loop-invariant work runs once"),
     ("distribute", "strongly connected components become recurrences; pointwise neighbours join them"),
@@ -138,6 +141,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     counters["snn_compile"]["loops_rerolled"] += len(loops)
     dump(work, "2_reroll")
     for call, loop in _calls(work):
+        counters["snn_compile"]["consumers_fused"] += fuse_consumers(work, call, loop, is_pointwise_op)
         counters["snn_compile"]["batch_norms_folded"] += fold_batch_norm(loop, is_pointwise_op)
         infos = classify(loop, is_pointwise_op)
         report.ops_hoisted += hoist(work, call, loop, infos)

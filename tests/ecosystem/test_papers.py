@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 import snn_compile
 from snn_compile.backend import snn
@@ -62,6 +64,20 @@ def test_channels_last():
     module = SEWBlock().to(memory_format=torch.channels_last).eval()
     x = torch.rand(6, 2, 4, 8, 8).flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (6, 2))
     check(module, x, exact=False)
+
+
+def test_channels_last_without_copies_of_layout():
+    """From convolution to neuron to residual sum to convolution, no tensor of the network's size is laid out anew."""
+    module = nn.Sequential(SEWBlock(), SEWBlock(), SEWBlock()).to(memory_format=torch.channels_last)
+    x = torch.rand(6, 2, 4, 8, 8).flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (6, 2))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(torch.compile(module, backend=snn), x)
+    made = re.findall(r"= empty_strided_cpu\(\((.+?)\), \((.+?)\)", code)
+    images = {strides for shape, strides in made if shape in ("12, 4, 8, 8", "6, 2, 4, 8, 8")}
+    assert images <= {"256, 1, 32, 4", "512, 256, 1, 32, 4"}, code
+    read = re.findall(r"extern_kernels.convolution\(reinterpret_tensor\(\w+, \((.+?)\), \((.+?)\)", code)
+    assert read == [("12, 4, 8, 8", "256, 1, 32, 4")] * 6, code
 
 
 def test_gradient_accumulation():
