@@ -9,7 +9,6 @@ backward) of interleaved runs, after a check that the outputs agree.
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import statistics
 import sys
 from collections.abc import Callable

@@ -21,6 +21,10 @@ class Config:
     enabled: bool = _option(True, "rewrite loops; False hands the graph to Inductor untouched", (True, False))
     strict: bool = _option(False, "raise on an internal failure of a pass instead of falling back", (True, False))
     batch_time: bool = _option(True, "run layers between neurons once over all steps, not step by step", (True, False))
+    time_chunk: str | int = _option(
+        "auto",
+        "steps that inference runs at once; 'auto': as many as fit into twice eager's peak memory or 1 GiB, whichever is more",
+    )
     fold_batch_norm: str = _option(
         "exact",
         "'threshold': a neuron with batch norm of its potential fires on the raw potential, where that is the same network",
@@ -61,6 +65,10 @@ def parse_options(given: Mapping[str, object] | None) -> tuple[Config, dict[str,
 
 def _checked(option, value: object) -> object:  # type: ignore[no-untyped-def]
     allowed = option.metadata["allowed"]
+    if option.name == "time_chunk":
+        if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            return value
+        raise OptionError(f"option 'time_chunk' is {value!r}; allowed: 'auto', or a number of steps")
     if allowed is not None and not any(value is a or (value == a and type(value) is type(a)) for a in allowed):
         raise OptionError(f"option {option.name!r} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
     if allowed is None and type(value) is not type(option.default):

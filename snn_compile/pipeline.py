@@ -20,7 +20,7 @@ from snn_compile.ir.equations import equations
 from snn_compile.ir.loop import Loop
 from snn_compile.ir.recurrence import Recurrence, TimeSeries
 from snn_compile.ir.stepped import SteppedRecurrence
-from snn_compile.ir.values import base_name, example, shape_hint
+from snn_compile.ir.values import base_name, example, flat_nodes, shape_hint
 from snn_compile.lowering import ops, targets
 from snn_compile.lowering.by_channel import suits_channels
 from snn_compile.lowering.kernel_texts import kernel_texts, stepped_texts
@@ -30,6 +30,7 @@ from snn_compile.lowering.register_stepped import register_stepped
 from snn_compile.lowering.registration import register
 from snn_compile.passes.batch_time import batch_time
 from snn_compile.passes.carry_statistics import carry_statistics, updates_statistics
+from snn_compile.passes.chunk_time import chunk_length, chunk_time
 from snn_compile.passes.classify import OpInfo, classify
 from snn_compile.passes.decompose import decompose
 from snn_compile.passes.distribute import Group, distribute, find_groups
@@ -58,6 +59,7 @@ COUNTERS = (
     "recurrences_stepped",
     "ops_time_batched",
     "ops_hoisted",
+    "loops_chunked",
     "consumers_fused",
     "batch_norms_folded",
     "thresholds_folded",
@@ -75,6 +77,7 @@ PASSES = (
     ("roll_scan", "a `torch._higher_order_ops.scan` becomes one Loop"),
     ("reroll", "T equal iterations become one Loop"),
     ("fuse_consumers", "a pointwise op on the whole output of a loop moves into it"),
+    ("chunk_time", "in inference, a loop that would hold too much at once becomes loops over stretches of time"),
     ("fold_batch_norm", "a batch norm with fixed statistics in a neuron becomes a multiply-add"),
     ("hoist", "loop-invariant work runs once"),
     ("distribute", "strongly connected components become recurrences; pointwise neighbours join them"),
@@ -142,6 +145,9 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     dump(work, "2_reroll")
     for call, loop in _calls(work):
         counters["snn_compile"]["consumers_fused"] += fuse_consumers(work, call, loop, is_pointwise_op)
+    if config.batch_time:
+        _chunk_time(work, config)
+    for call, loop in _calls(work):
         counters["snn_compile"]["batch_norms_folded"] += fold_batch_norm(loop, is_pointwise_op)
         infos = classify(loop, is_pointwise_op)
         report.ops_hoisted += hoist(work, call, loop, infos)
@@ -257,6 +263,15 @@ def _why_growing(loop: Loop, groups: list[Group]) -> Rejection | None:
                     "start the states in the shape that they have later",
                 )
     return None
+
+
+def _chunk_time(gm: fx.GraphModule, config: Config) -> None:
+    """Where nothing is differentiated: values of all steps may be too many, and nobody needs them later."""
+    for call, loop in _calls(gm):
+        wanted = any(isinstance(v, torch.Tensor) and v.requires_grad for v in map(example, flat_nodes(call.args)))
+        if not (torch.is_grad_enabled() and wanted):
+            length = chunk_length(loop, classify(loop, is_pointwise_op), config.time_chunk)
+            counters["snn_compile"]["loops_chunked"] += len(chunk_time(gm, call, loop, length)) > 1
 
 
 def _batch_time(gm: fx.GraphModule, report: Report) -> None:

@@ -1,0 +1,113 @@
+"""A long loop becomes loops over stretches of time that hand their states on, so that inference stays within memory.
+
+    y, v = loop(v0, x)      over T steps
+    ->  y1, v1 = loop(v0, x[:c]);  y2, v2 = loop(v1, x[c:2c]);  …;  y = cat([y1, y2, …])
+
+Time batching holds a layer's values of all steps of its loop at once, eager those of one step. Each stretch is then compiled as
+any loop is; the kernels are the same (their number of steps is an operand).
+
+Bytes: `held(loop)` is what one step holds at its worst point, counted from the body: values that a layer reads or writes, as
+long as they are needed; what stays inside of a kernel is not counted. A stretch of c steps holds c times that.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from snn_compile.ir.loop import Loop, LoopCarry
+from snn_compile.ir.values import example
+from snn_compile.passes.classify import OpInfo
+from snn_compile.passes.emit import emit
+
+GIB = 1 << 30
+
+
+def chunk_length(loop: Loop, infos: dict[fx.Node, OpInfo], option: str | int) -> int:
+    """Steps of a stretch: `option`, or for ``"auto"`` as many as fit into max(2 x eager's peak, 1 GiB)."""
+    if isinstance(option, int):
+        return option
+    step, eager = held(loop, infos, inside_kernels=False), held(loop, infos, inside_kernels=True)
+    stretches = math.ceil(loop.length * step / max(2 * eager, GIB)) if step else 1
+    return math.ceil(loop.length / max(1, min(stretches, loop.length)))
+
+
+def held(loop: Loop, infos: dict[fx.Node, OpInfo], inside_kernels: bool) -> int:
+    """The most bytes that the values of one step take at a time; with `inside_kernels`, those of pointwise ops too (eager)."""
+    output = loop.body.graph.output_node()
+    order = {n: i for i, n in enumerate(loop.body.graph.nodes)}
+    change = [0] * (len(order) + 1)
+    for node, info in infos.items():
+        readers = [u for u in node.users if u is not output]
+        is_boundary = not info.pointwise or any(not infos[u].pointwise for u in readers)
+        if inside_kernels or is_boundary:
+            change[order[node]] += _bytes(example(node))
+            change[max((order[u] for u in readers), default=order[node]) + 1] -= _bytes(example(node))
+    most = now = 0
+    for difference in change:
+        now += difference
+        most = max(most, now)
+    return most
+
+
+def _bytes(value: object) -> int:
+    """Of a tensor with memory of its own; a view, a tuple and a symbolic size count as nothing."""
+    if not isinstance(value, torch.Tensor) or value._is_view() or not all(isinstance(s, int) for s in value.shape):
+        return 0
+    return value.numel() * value.element_size()
+
+
+def chunk_time(gm: fx.GraphModule, call: fx.Node, loop: Loop, length: int) -> list[tuple[fx.Node, Loop]]:
+    """Replace `call` by calls over stretches of `length` steps (the last may be shorter); gives the new calls and loops."""
+    if length >= loop.length or any(x.reverse for x in loop.xs) or any(y.reverse for y in loop.ys):
+        return [(call, loop)]
+    graph, n = gm.graph, len(loop.carries)
+    inits, xs, consts = loop.split(call.args)
+    carries, made, parts = list(inits), list[tuple[fx.Node, Loop]](), list[list[fx.Node]]()
+    with graph.inserting_before(call):
+        for start in range(0, loop.length, length):
+            steps = min(length, loop.length - start)
+            part = _part(loop, len(made), steps)
+            gm.add_submodule(part.name, part)
+            now = [emit(graph, "call_method", "narrow", (x, 0, start, steps), {}) for x in xs]
+            node = graph.call_module(part.name, (*carries, *now, *consts))
+            made.append((node, part))
+            results = [_result(graph, node, i, value) for i, value in enumerate(_values(part))]
+            parts.append(results)
+            carries = results[len(loop.ys) : len(loop.ys) + n]
+        ys = [emit(graph, "call_function", torch.cat, ([p[i] for p in parts], y.dim), {}) for i, y in enumerate(loop.ys)]
+    last = [v for v, c in zip(carries, loop.carries, strict=True) if c.is_result]
+    for user in list(call.users):
+        user.replace_all_uses_with([*ys, *last][user.args[1]])  # type: ignore[index]
+        graph.erase_node(user)
+    graph.erase_node(call)
+    for node in ys:
+        if not node.users:
+            graph.erase_node(node)
+    delattr(gm, str(call.target))
+    return made
+
+
+def _part(loop: Loop, number: int, steps: int) -> Loop:
+    """The loop over `steps` steps, all of whose states are results, with a body of its own."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(loop.body.graph, {}))
+    body = fx.GraphModule(loop.body, graph)
+    carries = [LoopCarry(c.name, c.example, is_result=True) for c in loop.carries]
+    return Loop(f"{loop.name}_part_{number}", steps, body, carries, loop.xs, loop.consts, loop.ys, loop.location)
+
+
+def _values(part: Loop) -> Sequence[torch.Tensor]:
+    """Examples of the results: outputs over time, then states."""
+    ys = [torch.stack([y.example] * part.length, y.dim) for y in part.ys]
+    return [*ys, *(c.example for c in part.carries)]
+
+
+def _result(graph: fx.Graph, call: fx.Node, index: int, value: torch.Tensor) -> fx.Node:
+    node = graph.call_function(operator.getitem, (call, index))
+    node.meta["example_value"] = value
+    return node
