@@ -107,7 +107,45 @@ def over_steps_and_lanes() -> None:
     save(figure, "lif", rows)
 
 
+def memory() -> None:
+    """Peak memory of one call, against T."""
+    rows = read("memory_cpu")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    for axis, work in zip(axes, dict.fromkeys(r["work"] for r in rows), strict=True):
+        for framework in dict.fromkeys(r["framework"] for r in rows if r["work"] == work):
+            points = [(int(r["T"]), float(r["peak_MiB"])) for r in rows if (r["work"], r["framework"]) == (work, framework)]
+            base, *rest = framework.split(", ")
+            label = ", ".join([NAMES[base], *rest])
+            axis.plot(*zip(*points, strict=True), ":" if rest else "-", marker="o", ms=4, color=COLOURS[base], label=label)
+        axis.set(xscale="log", yscale="log", xlabel="time steps T", title=work)
+        axis.title.set_size(9)
+        steps = sorted({int(r["T"]) for r in rows})
+        axis.set_xticks(steps, [str(t) for t in steps])
+        axis.minorticks_off()
+        axis.legend(frameon=False, fontsize=8)
+        plain(axis)
+    axes[0].set_ylabel("peak memory of a call [MiB]")
+    save(figure, "memory", rows)
+
+
+def losses() -> None:
+    """Training curves, eager and compiled, of three seeds."""
+    rows = read("loss_curves")
+    figure, axis = plt.subplots(figsize=(6.5, 3.4))
+    for seed in dict.fromkeys(r["seed"] for r in rows):
+        for framework, style, width in (("eager", "-", 3.0), ("snn", "-", 0.9)):
+            curve = [float(r["loss"]) for r in rows if (r["seed"], r["framework"]) == (seed, framework)]
+            label = NAMES[framework] if seed == "0" else None
+            axis.plot(curve, style, linewidth=width, color=COLOURS[framework], label=label)
+    axis.set(xlabel="update", ylabel="cross entropy")
+    axis.legend(frameon=False)
+    plain(axis)
+    save(figure, "loss_curves", rows)
+
+
 if __name__ == "__main__":
     speeds()
     first_calls()
     over_steps_and_lanes()
+    memory()
+    losses()

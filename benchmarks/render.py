@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import statistics
 from pathlib import Path
 
 from _harness import RESULTS, markdown
@@ -43,8 +44,18 @@ Dynamo's own); every number, with first calls and agreement, is in [docs/benchma
 """
 
 
+def curves() -> str:
+    """How far apart the curves are."""
+    loss = {(r["seed"], r["framework"], r["update"]): float(r["loss"]) for r in read("loss_curves")}
+    same = [abs(v - loss[s, "snn", u]) for (s, f, u), v in loss.items() if f == "eager"]
+    seeds = [abs(v - loss["1", f, u]) for (s, f, u), v in loss.items() if f == "eager" and s == "0"]
+    return f"""Between the two, the loss differs by {statistics.mean(same):.4f} in the mean; between two seeds in eager by
+{statistics.mean(seeds):.4f}."""
+
+
 def document() -> str:
-    first, networks, stepped, neurons = (read(n) for n in ("first_call", "networks_cpu", "stepped_cpu", "neurons_cpu"))
+    names = ("first_call", "networks_cpu", "stepped_cpu", "neurons_cpu", "memory_cpu")
+    first, networks, stepped, neurons, memory = map(read, names)
     columns = ["framework", "first_call_s", "step_ms", "speed_vs_eager"]
     return f"""# Benchmarks
 
@@ -79,6 +90,22 @@ the copy stays in the cache, which arithmetic cannot keep up with.
 Recurrent layers with `step_from=4`. Inductor is left out where its compilation takes very long.
 
 {markdown(stepped, ["recurrence", *columns])}
+
+## Training curves
+
+The network of snnTorch's tutorial, T=100, 200 updates on rate-coded digits, three seeds, each eager (wide) and compiled (narrow);
+`benchmarks/loss_curves.py`. {curves()}
+
+![losses](pictures/loss_curves.png)
+
+## Peak memory
+
+Of one call, beyond what is held before it (`benchmarks/memory.py`). In inference, layers that run over all steps at once hold
+the values of all steps; `time_chunk="auto"`, the default, cuts the loop where that is more than twice eager's peak and a GiB.
+
+![peak memory against T](pictures/memory.png)
+
+{markdown(memory, ["work", "framework", "T", "peak_MiB"])}
 
 ## First call
 

@@ -115,12 +115,17 @@ def snntorch() -> Iterator[tuple]:  # type: ignore[type-arg]
         lambda: Loop(snt.Leaky(beta=torch.full((N,), 0.8), learn_beta=True, learn_threshold=True), one("init_leaky")),
     )
     yield "Leaky, hidden state", lambda: Loop(snt.Leaky(beta=0.9, init_hidden=True, output=True), hidden)
-    yield "Lapicque", lambda: Loop(snt.Lapicque(beta=0.8), one("init_lapicque"))
-    yield "Synaptic", lambda: Loop(snt.Synaptic(alpha=0.9, beta=0.8), one("init_synaptic"))
-    yield "Alpha", lambda: Loop(snt.Alpha(alpha=0.9, beta=0.8), one("init_alpha"))
-    yield "RLeaky, one to one", lambda: Loop(snt.RLeaky(beta=0.9, all_to_all=False), one("init_rleaky"))
-    yield "RLeaky", lambda: Loop(snt.RLeaky(beta=0.9, linear_features=N), one("init_rleaky"))
-    yield "RSynaptic", lambda: Loop(snt.RSynaptic(alpha=0.9, beta=0.8, linear_features=N), one("init_rsynaptic"))
+    others: dict[str, Callable[..., nn.Module]] = {
+        "Lapicque": lambda **o: Loop(snt.Lapicque(beta=0.8, **o), one("init_lapicque")),
+        "Synaptic": lambda **o: Loop(snt.Synaptic(alpha=0.9, beta=0.8, **o), one("init_synaptic")),
+        "Alpha": lambda **o: Loop(snt.Alpha(alpha=0.9, beta=0.8, **o), one("init_alpha")),
+        "RLeaky, one to one": lambda **o: Loop(snt.RLeaky(beta=0.9, all_to_all=False, **o), one("init_rleaky")),
+        "RLeaky": lambda **o: Loop(snt.RLeaky(beta=0.9, linear_features=N, **o), one("init_rleaky")),
+        "RSynaptic": lambda **o: Loop(snt.RSynaptic(alpha=0.9, beta=0.8, linear_features=N, **o), one("init_rsynaptic")),
+    }
+    for name, make in others.items():
+        for reset in ("subtract", "zero", "none"):
+            yield f"{name}, {reset}", lambda make=make, reset=reset: make(reset_mechanism=reset)
     for reset in ("none", "subtract", "zero"):
         for name, cell, shape in (("SLSTM", snt.SLSTM, (N, N)), ("SConv2dLSTM", snt.SConv2dLSTM, (1, 1, 3))):
             options = {"reset_mechanism": reset, "threshold": 0.1}
@@ -286,5 +291,9 @@ def sinabs() -> Iterator[tuple]:  # type: ignore[type-arg]
     }
     for name, make in made.items():
         yield f"{name}, MaxSpike", lambda make=make: BatchFirst(make(spike_fn=sa.MaxSpike()))
-    yield "LIF", lambda: BatchFirst(sl.LIF(tau_mem=20.0)), 0, "Dynamo: a class attribute of an autograd.Function; use MaxSpike()"
+    attribute = "Dynamo: a class attribute of an autograd.Function; use MaxSpike()"
+    for name, make in made.items():
+        for spike in (sa.MultiSpike, sa.SingleSpike):
+            if name != "LIF, synapse":
+                yield f"{name}, {spike.__name__}", lambda make=make, spike=spike: BatchFirst(make(spike_fn=spike)), 0, attribute
     yield "ExpLeak", lambda: BatchFirst(sl.ExpLeak(tau_mem=20.0))
