@@ -8,6 +8,7 @@ neurons.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -77,13 +78,15 @@ def main() -> None:
         print(f"{peak(WORK[work](framework, int(steps))):.0f}")
         return
     rows = []
+    # every block of a tensor's size is given back to the system as soon as it is free, or the next call would find it there
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for work in WORK:
         for framework in ("eager", "inductor", "snn, all steps at once", "snn"):
             if work == "LIF layer, training" and framework == "snn, all steps at once":
                 continue  # (a training step is never cut)
             for steps in STEPS if framework != "inductor" else [t for t in STEPS if t <= INDUCTOR_UP_TO]:
                 command = [sys.executable, __file__, "--point", work, framework, str(steps)]
-                out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                out = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
                 rows.append({"work": work, "framework": framework, "T": str(steps), "peak_MiB": out.split()[-1], **h.machine()})
                 print(h.markdown(rows[-1:], ["work", "framework", "T", "peak_MiB"]).splitlines()[-1], flush=True)
     h.write("memory_cpu", rows)
