@@ -5,6 +5,7 @@ from snn_compile.config import options
 from snn_compile.decompositions import register_decomposition
 from snn_compile.errors import OptionError, Rejection, SnnCompileError
 from snn_compile.explain import Explanation, explain
+from snn_compile.fold import fold
 
 __all__ = [
     "Explanation",
@@ -13,6 +14,7 @@ __all__ = [
     "SnnCompileError",
     "__version__",
     "explain",
+    "fold",
     "options",
     "register_decomposition",
 ]
