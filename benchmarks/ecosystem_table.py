@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import csv
 import functools
 import importlib.metadata
 import logging
@@ -23,6 +25,9 @@ from tests.ecosystem.models import Model, models
 from tests.ecosystem.test_models import both, results
 
 DOCS = Path(__file__).parent.parent / "docs"
+#: [T, B, N] of the inputs that are timed
+SIZES = (16, 32, 256)
+COLUMNS = ["library", "model", "compiled", "forward", "gradient error", "first call", "step", "vs eager", "vs Inductor"]
 LIBRARIES = ("snntorch", "spikingjelly", "norse", "sinabs")
 
 
@@ -73,13 +78,28 @@ def speed(model: Model) -> dict[str, str]:
     }
 
 
+def measured(models_: list[Model], start: list[dict[str, str]]) -> list[dict[str, str]]:
+    """All columns of each model, written to `benchmarks/results/ecosystem_cpu.csv` as they come; `start` is not done again."""
+    rows = {(r["library"], r["model"]): r for r in start}
+    small, large = (sizes.T, sizes.B, sizes.N), SIZES
+    for model in models_:
+        if (model.library, model.name) not in rows:
+            sizes.T, sizes.B, sizes.N = small
+            made = row(model)
+            sizes.T, sizes.B, sizes.N = large
+            rows[model.library, model.name] = made | speed(model)
+            print(h.markdown([made | rows[model.library, model.name]], COLUMNS).splitlines()[-1], flush=True)
+            h.write("ecosystem_cpu", list(rows.values()))
+    return [rows[m.library, m.name] for m in models_]
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--resume", action="store_true", help="keep the rows of the last run that are in the CSV file")
+    resume = parser.parse_args().resume
     logging.disable(logging.WARNING)
-    rows = [row(model) for model in models()]
-    sizes.T, sizes.B, sizes.N = 16, 32, 256
-    for made, model in zip(rows, models(), strict=True):
-        made |= speed(model)
-        print(h.markdown([made], list(made)).splitlines()[-1], flush=True)
+    file = h.RESULTS / "ecosystem_cpu.csv"
+    rows = measured(list(models()), list(csv.DictReader(file.open())) if resume else [])
     machine = h.machine()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
     text = f"""# Models of other libraries
@@ -87,9 +107,9 @@ def main() -> None:
 Written by `python benchmarks/ecosystem_table.py`; each row is also a test (`tests/ecosystem`). {versions}, torch
 {machine["torch"]}, {machine["machine"]}, {machine["date"]}. The gradient error is relative to the largest gradient of a tensor.
 "Prepared": after `snn_compile.compat.prepare` ([ecosystem.md](ecosystem.md)). Speeds are those of a training step over inputs
-[{sizes.T}, {sizes.B}, {sizes.N}], medians of interleaved runs; the first call is trace and compilation.
+{list(SIZES)}, medians of interleaved runs; the first call is trace and compilation.
 
-{h.markdown(rows, list(rows[0]))}
+{h.markdown(rows, COLUMNS)}
 """
     (DOCS / "ecosystem_table.md").write_text(text)
 

@@ -53,6 +53,11 @@ class _Blocks:
         with self._lock:
             self._blocks.append((storage, self._clock))
 
+    def clear(self) -> None:
+        """Forget all blocks: free ones go back to the system now, the others with their tensors."""
+        with self._lock:
+            self._blocks = []
+
     def __len__(self) -> int:
         return len(self._blocks)
 
