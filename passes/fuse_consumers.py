@@ -79,7 +79,7 @@ def _move_in(
     operands = {output: loop.results()[1][index]}
     added = [o for o in others if not _is_operand(call, loop, o, operands)]
     for operand in added:
-        operands[operand] = _add(call, loop, operand, example(operand).dim() == example(output).dim())
+        operands[operand] = add_operand(call, loop, operand, example(operand).dim() == example(output).dim())
     with body.inserting_before(body.output_node()):
         node = body.node_copy(consumer, operands.__getitem__)
     node.meta = {**consumer.meta, "example_value": example(consumer)[0]}
@@ -106,7 +106,7 @@ def _is_operand(call: fx.Node, loop: Loop, operand: fx.Node, operands: dict[fx.N
     return False
 
 
-def _add(call: fx.Node, loop: Loop, operand: fx.Node, is_series: bool) -> fx.Node:
+def add_operand(call: fx.Node, loop: Loop, operand: fx.Node, is_series: bool) -> fx.Node:
     """A new time series, or a new constant, of the loop; gives its placeholder in the body."""
     placeholders, name, value = loop.placeholders(), base_name(operand.name), example(operand)
     place = len(loop.carries) + len(loop.xs) if is_series else len(placeholders)

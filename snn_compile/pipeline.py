@@ -38,6 +38,7 @@ from snn_compile.passes.fold_batch_norm import fold_batch_norm
 from snn_compile.passes.fold_threshold import fold_threshold
 from snn_compile.passes.functionalize import functionalize
 from snn_compile.passes.fuse_consumers import fuse_consumers
+from snn_compile.passes.fuse_producers import fuse_producers
 from snn_compile.passes.grow_states import grow_states
 from snn_compile.passes.hoist import find_invariant, hoist
 from snn_compile.passes.hoist_creations import hoist_creations
@@ -61,6 +62,7 @@ COUNTERS = (
     "ops_hoisted",
     "loops_chunked",
     "consumers_fused",
+    "producers_fused",
     "batch_norms_folded",
     "thresholds_folded",
     "rejections",
@@ -77,6 +79,7 @@ PASSES = (
     ("roll_scan", "a `torch._higher_order_ops.scan` becomes one Loop"),
     ("reroll", "T equal iterations become one Loop"),
     ("fuse_consumers", "a pointwise op on the whole output of a loop moves into it"),
+    ("fuse_producers", "in inference, a batch norm before a loop moves into it"),
     ("chunk_time", "in inference, a loop that would hold too much at once becomes loops over stretches of time"),
     ("fold_batch_norm", "a batch norm with fixed statistics in a neuron becomes a multiply-add"),
     ("hoist", "loop-invariant work runs once"),
@@ -145,6 +148,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     dump(work, "2_reroll")
     for call, loop in _calls(work):
         counters["snn_compile"]["consumers_fused"] += fuse_consumers(work, call, loop, is_pointwise_op)
+        counters["snn_compile"]["producers_fused"] += fuse_producers(work, call, loop)
     if config.batch_time:
         _chunk_time(work, config)
     for call, loop in _calls(work):
