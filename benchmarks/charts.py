@@ -32,7 +32,7 @@ def plain(axis: plt.Axes) -> None:
 def save(figure: plt.Figure, name: str, rows: list[dict[str, str]]) -> None:
     about = next(r for r in rows if r["machine"])
     place = f"{about['machine']}, torch {about['torch']}, {about['date']}"
-    figure.text(0.5, -0.05, place, ha="center", fontsize=7, color="#616e7c")
+    figure.text(0.5, -0.2 / figure.get_figheight(), place, ha="center", fontsize=7, color="#616e7c")
     PICTURES.mkdir(exist_ok=True)
     figure.savefig(PICTURES / f"{name}.png", dpi=130, bbox_inches="tight")
     plt.close(figure)
@@ -53,6 +53,7 @@ def speeds() -> None:
             axis.text(mine[framework] + 0.1, at, f"{mine[framework]:.1f}", va="center", fontsize=8)
     axis.axvline(1.0, color=COLOURS["eager"], linewidth=1.5)
     axis.set_yticks(range(len(names)), reversed(names), fontsize=8)
+    axis.set_ylim(-0.6, len(names) - 0.4)
     axis.set_xlabel("times faster than eager (grey line); no bar: Inductor would compile for very long")
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[f]) for f in ("snn", "inductor")]
     axis.legend(handles, [NAMES[f] for f in ("snn", "inductor")], frameon=False, loc="lower right")

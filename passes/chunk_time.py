@@ -6,12 +6,14 @@
 Time batching holds a layer's values of all steps of its loop at once, eager those of one step. Each stretch is then compiled as
 any loop is; the kernels are the same (their number of steps is an operand).
 
-Bytes: `held(loop)` is what one step holds at its worst point, counted from the body: values that a layer reads or writes, as
-long as they are needed; what stays inside of a kernel is not counted. A stretch of c steps holds c times that.
+Bytes are counted from the body. A step of eager holds the values that are still needed, at its worst point (`held_by_eager`). A
+stretch of c steps may hold c times all that a layer of it reads or writes (`made_by_step`): memory that one layer is done with is
+kept for the same layer of the next stretch, and Inductor may begin with the next one. What stays inside of a kernel is no memory.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -31,27 +33,26 @@ def chunk_length(loop: Loop, infos: dict[fx.Node, OpInfo], option: str | int) ->
     """Steps of a stretch: `option`, or for ``"auto"`` as many as fit into max(2 x eager's peak, 1 GiB)."""
     if isinstance(option, int):
         return option
-    step, eager = held(loop, infos, inside_kernels=False), held(loop, infos, inside_kernels=True)
-    stretches = math.ceil(loop.length * step / max(2 * eager, GIB)) if step else 1
+    step, eager = made_by_step(infos), held_by_eager(loop, infos)
+    stretches = math.ceil(loop.length * step / max(2 * eager, GIB))
     return math.ceil(loop.length / max(1, min(stretches, loop.length)))
 
 
-def held(loop: Loop, infos: dict[fx.Node, OpInfo], inside_kernels: bool) -> int:
-    """The most bytes that the values of one step take at a time; with `inside_kernels`, those of pointwise ops too (eager)."""
-    output = loop.body.graph.output_node()
+def made_by_step(infos: dict[fx.Node, OpInfo]) -> int:
+    """Bytes of a step's values that are memory when layers run over many steps at once: those that an op with a call touches."""
+    readers = {n: [u for u in n.users if u in infos] for n in infos}
+    return sum(_bytes(example(n)) for n, i in infos.items() if not i.pointwise or any(not infos[u].pointwise for u in readers[n]))
+
+
+def held_by_eager(loop: Loop, infos: dict[fx.Node, OpInfo]) -> int:
+    """The most bytes that the values of a step take at a time, each from its op to its last reader."""
     order = {n: i for i, n in enumerate(loop.body.graph.nodes)}
     change = [0] * (len(order) + 1)
-    for node, info in infos.items():
-        readers = [u for u in node.users if u is not output]
-        is_boundary = not info.pointwise or any(not infos[u].pointwise for u in readers)
-        if inside_kernels or is_boundary:
-            change[order[node]] += _bytes(example(node))
-            change[max((order[u] for u in readers), default=order[node]) + 1] -= _bytes(example(node))
-    most = now = 0
-    for difference in change:
-        now += difference
-        most = max(most, now)
-    return most
+    for node in infos:
+        last = max((order[u] for u in node.users if u in infos), default=order[node])
+        change[order[node]] += _bytes(example(node))
+        change[last + 1] -= _bytes(example(node))
+    return max(itertools.accumulate(change))
 
 
 def _bytes(value: object) -> int:

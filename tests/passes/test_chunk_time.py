@@ -7,7 +7,7 @@ from snn_compile.backend import snn
 from snn_compile.config import parse_options
 from snn_compile.errors import OptionError
 from snn_compile.passes import chunk_time as passes
-from snn_compile.passes.chunk_time import chunk_length, chunk_time, held
+from snn_compile.passes.chunk_time import chunk_length, chunk_time, held_by_eager, made_by_step
 from tests.passes.capture import infos, rerolled, x
 
 
@@ -51,8 +51,8 @@ def test_bytes_held_by_a_step():
     captured = rerolled(layers, x(7), torch.randn(4, 5))
     ((_, loop),) = captured.loops()
     value = 3 * 4 * 4  # bytes of one [3, 4]
-    assert held(loop, infos(loop), inside_kernels=False) == value  # what the layer gives
-    assert 2 * value <= held(loop, infos(loop), inside_kernels=True) <= 4 * value
+    assert made_by_step(infos(loop)) == value  # what the layer gives
+    assert 2 * value <= held_by_eager(loop, infos(loop)) <= 4 * value
 
 
 def test_auto_keeps_to_the_budget(monkeypatch):
@@ -61,7 +61,7 @@ def test_auto_keeps_to_the_budget(monkeypatch):
     assert chunk_length(loop, infos(loop), "auto") == 7  # far less than a GiB
     assert chunk_length(loop, infos(loop), 3) == 3
     monkeypatch.setattr(passes, "GIB", 0)
-    step, eager = (held(loop, infos(loop), inside_kernels=k) for k in (False, True))
+    step, eager = made_by_step(infos(loop)), held_by_eager(loop, infos(loop))
     length = chunk_length(loop, infos(loop), "auto")
     assert length < 7 and length * step <= 2 * eager
 
