@@ -7,12 +7,14 @@ result has the layout of the neuron's output: a sum of 5-D tensors is left to no
 convolution.
 
 Does not fire: where the loop's output is read by anything else, for ops that are not pointwise or stretch the output, operands
-that are neither time series of the same length nor of fewer dims, outputs that are stacked along another dim or backwards.
+that are neither time series of the same length nor of fewer dims, outputs that are stacked along another dim or backwards, writes
+between the loop and the op.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from snn_compile.ir.loop import Loop, LoopConst, LoopInput
@@ -68,7 +70,16 @@ def _may_move(graph: fx.Graph, call: fx.Node, consumer: fx.Node, others: list[fx
         return False
     order = {n: i for i, n in enumerate(graph.nodes)}
     readers = [r for output in call.users for r in output.users if r is not consumer]
-    return all(order[r] > order[consumer] for r in readers)
+    between = [n for n in order if order[call] < order[n] < order[consumer]]
+    return all(order[r] > order[consumer] for r in readers) and not any(_may_write(n, call) for n in between)
+
+
+def _may_write(node: fx.Node, call: fx.Node) -> bool:
+    """Whether it might change an operand of the loop: a write, or a batch norm or a region that shares an operand with it."""
+    if is_write(node):
+        return True
+    has_effects = node.target is F.batch_norm or isinstance(node.target, torch._ops.HigherOrderOperator)
+    return (has_effects or node.op == "call_module") and any(i in call.all_input_nodes for i in node.all_input_nodes)
 
 
 def _move_in(

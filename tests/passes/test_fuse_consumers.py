@@ -71,7 +71,15 @@ def read_before(a):
     return torch.stack(out) * torch.softmax(v, -1)
 
 
+def written_between(a, b):
+    y = integrate(a)
+    c = b * 2.0
+    b.add_(1.0)
+    return y + c
+
+
 NEAR_MISSES = {
+    "a write between": (written_between, x(), torch.rand(6, 3, 5)),
     "read elsewhere": (both, x()),
     "over time": (lambda a: integrate(a).cumsum(0), x()),
     "sum over time": (lambda a: integrate(a).mean(0), x()),
