@@ -8,6 +8,7 @@ neurons.
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import subprocess
 import sys
@@ -74,16 +75,21 @@ def peak(call: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--point", nargs=3, metavar=("WORK", "FRAMEWORK", "T"), help=argparse.SUPPRESS)
-    point = parser.parse_args().point
-    if point:
-        work, framework, steps = point
+    parser.add_argument("--only", metavar="FRAMEWORK", help="measure its rows anew and keep the others")
+    args = parser.parse_args()
+    if args.point:
+        work, framework, steps = args.point
         print(f"{peak(WORK[work](framework, int(steps))):.0f}")
         return
+    file = h.RESULTS / "memory_cpu.csv"
+    kept = [r for r in csv.DictReader(file.open()) if r["framework"] != args.only] if args.only else []
     rows = []
     # every block of a tensor's size is given back to the system as soon as it is free, or the next call would find it there
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for work in WORK:
         for framework in ("eager", "inductor", "snn, all steps at once", "snn"):
+            if args.only and framework != args.only:
+                continue
             if work == "LIF layer, training" and framework == "snn, all steps at once":
                 continue  # (a training step is never cut)
             for steps in STEPS if framework != "inductor" else [t for t in STEPS if t <= INDUCTOR_UP_TO]:
@@ -91,7 +97,7 @@ def main() -> None:
                 out = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
                 rows.append({"work": work, "framework": framework, "T": str(steps), "peak_MiB": out.split()[-1], **h.machine()})
                 print(h.markdown(rows[-1:], ["work", "framework", "T", "peak_MiB"]).splitlines()[-1], flush=True)
-    h.write("memory_cpu", rows)
+    h.write("memory_cpu", sorted([*kept, *rows], key=lambda r: list(WORK).index(r["work"])))
 
 
 if __name__ == "__main__":

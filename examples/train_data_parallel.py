@@ -66,6 +66,7 @@ def main() -> None:
     if world > 1:
         dist.barrier()  # none leaves while another still talks to it
         dist.destroy_process_group()
+        os._exit(0)  # gloo's threads may outlive the interpreter, which then waits for ever (torch 2.13)
 
 
 if __name__ == "__main__":

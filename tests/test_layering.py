@@ -15,7 +15,7 @@ LINKED = ("passes", "lowering")
 
 # A part is the first name below the package; parts not named here are "base": config, errors and other helpers.
 MODULES = ("neuron", "layer", "surrogate", "functional", "tempotron", "compat")
-TOP = ("backend", "explain")
+TOP = ("backend", "explain", "fold")
 MAY_IMPORT = {
     "base": {"base"},
     "modules": {"base", "modules"},
