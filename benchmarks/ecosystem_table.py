@@ -36,6 +36,7 @@ def row(model: Model) -> dict[str, str]:
     (values, gradients), (got, got_gradients) = both(model)
     pairs = [(a, b) for a, b in zip(gradients, got_gradients, strict=True) if a is not None and b is not None]
     error = max((float((a - b).abs().max() / a.abs().max().clamp(min=1e-30)) for a, b in pairs), default=0.0)
+    apart = max(float((a - b).detach().abs().max()) for a, b in zip(values, got, strict=True))
     torch._dynamo.reset()
     torch.manual_seed(0)
     found = explain(model.build(), step_from=4)(model.inputs())
@@ -45,7 +46,7 @@ def row(model: Model) -> dict[str, str]:
         "library": model.library,
         "model": model.name,
         "compiled": compiled or f"by Inductor: {model.reason}",
-        "forward": "bit for bit" if all(map(torch.equal, values, got)) else "differs",
+        "forward": "bit for bit" if all(map(torch.equal, values, got)) else f"within {apart:.0e}",
         "gradient error": f"{error:.0e}",
     }
 
@@ -78,17 +79,17 @@ def speed(model: Model) -> dict[str, str]:
     }
 
 
-def measured(models_: list[Model], start: list[dict[str, str]]) -> list[dict[str, str]]:
+def measured(models_: list[Model], start: list[dict[str, str]], with_speed: bool) -> list[dict[str, str]]:
     """All columns of each model, written to `benchmarks/results/ecosystem_cpu.csv` as they come; `start` is not done again."""
-    rows = {(r["library"], r["model"]): r for r in start}
+    rows = {(r["library"], r["model"]): r for r in start if r["step"] or not with_speed}
     small, large = (sizes.T, sizes.B, sizes.N), SIZES
     for model in models_:
         if (model.library, model.name) not in rows:
             sizes.T, sizes.B, sizes.N = small
             made = row(model)
             sizes.T, sizes.B, sizes.N = large
-            rows[model.library, model.name] = made | speed(model)
-            print(h.markdown([made | rows[model.library, model.name]], COLUMNS).splitlines()[-1], flush=True)
+            rows[model.library, model.name] = dict.fromkeys(COLUMNS, "") | made | (speed(model) if with_speed else {})
+            print(h.markdown([rows[model.library, model.name]], COLUMNS).splitlines()[-1], flush=True)
             h.write("ecosystem_cpu", list(rows.values()))
     return [rows[m.library, m.name] for m in models_]
 
@@ -96,10 +97,11 @@ def measured(models_: list[Model], start: list[dict[str, str]]) -> list[dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--resume", action="store_true", help="keep the rows of the last run that are in the CSV file")
-    resume = parser.parse_args().resume
+    parser.add_argument("--without-speed", action="store_true", help="leave the last columns of new rows empty, for a later run")
+    args = parser.parse_args()
     logging.disable(logging.WARNING)
     file = h.RESULTS / "ecosystem_cpu.csv"
-    rows = measured(list(models()), list(csv.DictReader(file.open())) if resume else [])
+    rows = measured(list(models()), list(csv.DictReader(file.open())) if args.resume else [], not args.without_speed)
     machine = h.machine()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
     text = f"""# Models of other libraries
@@ -107,7 +109,8 @@ def main() -> None:
 Written by `python benchmarks/ecosystem_table.py`; each row is also a test (`tests/ecosystem`). {versions}, torch
 {machine["torch"]}, {machine["machine"]}, {machine["date"]}. The gradient error is relative to the largest gradient of a tensor.
 "Prepared": after `snn_compile.compat.prepare` ([ecosystem.md](ecosystem.md)). Speeds are those of a training step over inputs
-{list(SIZES)}, medians of interleaved runs; the first call is trace and compilation.
+{list(SIZES)}, medians of interleaved runs.
+The first call is trace and compilation. A row without them is checked, and not timed yet.
 
 {h.markdown(rows, COLUMNS)}
 """
