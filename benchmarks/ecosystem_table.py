@@ -81,16 +81,20 @@ def speed(model: Model) -> dict[str, str]:
 
 def measured(models_: list[Model], start: list[dict[str, str]], with_speed: bool) -> list[dict[str, str]]:
     """All columns of each model, written to `benchmarks/results/ecosystem_cpu.csv` as they come; `start` is not done again."""
-    rows = {(r["library"], r["model"]): r for r in start if r["step"] or not with_speed}
+    rows = {(r["library"], r["model"]): r for r in start}
     small, large = (sizes.T, sizes.B, sizes.N), SIZES
     for model in models_:
-        if (model.library, model.name) not in rows:
+        key = model.library, model.name
+        if key in rows and (rows[key]["step"] or not with_speed):
+            continue
+        if key not in rows:
             sizes.T, sizes.B, sizes.N = small
-            made = row(model)
+            rows[key] = dict.fromkeys(COLUMNS, "") | row(model)
+        if with_speed:
             sizes.T, sizes.B, sizes.N = large
-            rows[model.library, model.name] = dict.fromkeys(COLUMNS, "") | made | (speed(model) if with_speed else {})
-            print(h.markdown([rows[model.library, model.name]], COLUMNS).splitlines()[-1], flush=True)
-            h.write("ecosystem_cpu", list(rows.values()))
+            rows[key] |= speed(model)
+        print(h.markdown([rows[key]], COLUMNS).splitlines()[-1], flush=True)
+        h.write("ecosystem_cpu", list(rows.values()))
     return [rows[m.library, m.name] for m in models_]
 
 
