@@ -29,7 +29,7 @@ from snn_compile.ir.loop import Loop
 from snn_compile.ir.values import example, is_getitem
 from snn_compile.passes.batch_norm_over_time import batch_norm_over_time, check_batch_norm
 from snn_compile.passes.classify import AUTOGRAD_FUNCTION, OpInfo
-from snn_compile.passes.emit import attribute, emit, emit_function
+from snn_compile.passes.emit import attribute, emit, emit_function, replace_by_results
 from snn_compile.passes.vmap_time import vmap_time
 
 #: Says whether the node treats dim 0 of its first operand (`BATCHED`: its first operands) as a batch; the other operands are
@@ -124,10 +124,7 @@ def batch_time(gm: fx.GraphModule, call: fx.Node, loop: Loop, infos: dict[fx.Nod
             for v, c in zip(next_carries, loop.carries, strict=True)
             if c.is_result
         ]
-    for user in list(call.users):
-        user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
-        graph.erase_node(user)
-    graph.erase_node(call)
+    replace_by_results(call, results)
     delattr(gm, str(call.target))
     return len(infos)
 

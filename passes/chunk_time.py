@@ -24,7 +24,7 @@ from torch import fx
 from snn_compile.ir.loop import Loop, LoopCarry
 from snn_compile.ir.values import example
 from snn_compile.passes.classify import OpInfo
-from snn_compile.passes.emit import emit
+from snn_compile.passes.emit import emit, replace_by_results
 
 GIB = 1 << 30
 
@@ -82,10 +82,7 @@ def chunk_time(gm: fx.GraphModule, call: fx.Node, loop: Loop, length: int) -> li
             carries = results[len(loop.ys) : len(loop.ys) + n]
         ys = [emit(graph, "call_function", torch.cat, ([p[i] for p in parts], y.dim), {}) for i, y in enumerate(loop.ys)]
     last = [v for v, c in zip(carries, loop.carries, strict=True) if c.is_result]
-    for user in list(call.users):
-        user.replace_all_uses_with([*ys, *last][user.args[1]])  # type: ignore[index]
-        graph.erase_node(user)
-    graph.erase_node(call)
+    replace_by_results(call, [*ys, *last])
     for node in ys:
         if not node.users:
             graph.erase_node(node)

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
+from snn_compile.capture import capture
 from snn_compile.decompositions import CELLS as CELL_NAMES
 from snn_compile.decompositions import Decomposition, decomposition_of
 from snn_compile.errors import Reject, Rejection
 from snn_compile.ir.values import example, is_getitem, user_location
+from snn_compile.passes.emit import replace_by_results
 from snn_compile.passes.inline import Inliner
 
 #: PyTorch's cells in a Dynamo graph are functions, not ops.
@@ -79,12 +81,9 @@ def _inline(gm: fx.GraphModule, node: fx.Node, function: Decomposition, captured
     results = [outputs[r] if r >= 0 else nodes[-1 - r] for r in found.results]
     if isinstance(example(node), Tensor):
         node.replace_all_uses_with(results[0])
-    for user in list(node.users):
-        if not is_getitem(user):
-            raise Reject(f"the results of {node.target} are used as one tuple", node=node, location=user_location(node))
-        user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
-        gm.graph.erase_node(user)
-    gm.graph.erase_node(node)
+    if not all(is_getitem(user) for user in node.users):
+        raise Reject(f"the results of {node.target} are used as one tuple", node=node, location=user_location(node))
+    replace_by_results(node, results)
     _unwrap_steps(gm, results)
     return True
 
@@ -101,24 +100,13 @@ def _signature(value: object) -> object:
 def _capture(node: fx.Node, function: Decomposition) -> _Captured | None:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), example)
     tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
-    found: list[tuple[fx.GraphModule, tuple[int, ...], Sequence[object]]] = []
-
-    def keep(graph: fx.GraphModule, _: object) -> Callable[..., object]:
-        def run(*inputs: object) -> object:
-            outputs = graph(*inputs)
-            places = tuple(next(i for i, a in enumerate(tensors) if a is given) for given in inputs)
-            found.append((graph, places, outputs))
-            return outputs
-
-        return run
-
     with torch._dynamo.config.patch(specialize_float=True):
-        results = torch.compile(_fresh(function), backend=keep, fullgraph=True, dynamic=False)(*args, **kwargs)
-    if results is NotImplemented:
+        found = capture(_fresh(function), *args, **kwargs)
+    if found is None or found.result is NotImplemented:
         return None
-    graph, inputs, outputs = found[0]
-    results = [results] if isinstance(results, Tensor) else results
-    return _Captured(graph, inputs, tuple(_place(r, outputs, tensors) for r in results))
+    results = [found.result] if isinstance(found.result, Tensor) else found.result
+    places = tuple(next(i for i, a in enumerate(tensors) if a is given) for given in found.inputs)
+    return _Captured(found.graph, places, tuple(_place(r, found.outputs, tensors) for r in results))
 
 
 def _fresh(function: Decomposition) -> Callable[..., Any]:

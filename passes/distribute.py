@@ -25,6 +25,7 @@ from torch import fx
 from snn_compile.ir.loop import Loop, LoopCarry, LoopInput, LoopOutput
 from snn_compile.ir.values import base_name, example, shape_hint
 from snn_compile.passes.classify import OpInfo, aliases
+from snn_compile.passes.emit import replace_by_results
 
 
 @dataclass
@@ -314,10 +315,7 @@ class _Splitter:
         """Uses of the old call's results become uses of the new ones."""
         results: list[fx.Node] = [self.y_node[i] for i in range(len(self.loop.ys))]
         results += [self.final_node[p] for p, c in self.carry.items() if c.is_result]
-        for user in list(self.call.users):
-            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
-            self.gm.graph.erase_node(user)
-        self.gm.graph.erase_node(self.call)
+        replace_by_results(self.call, results)
 
 
 class _GroupBuilder:

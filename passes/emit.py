@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
@@ -27,6 +27,14 @@ def attribute(gm: fx.GraphModule, loop: Loop, node: fx.Node) -> fx.Node:
     new = gm.graph.get_attr(name)
     new.meta["example_value"] = getattr(gm, name)
     return new
+
+
+def replace_by_results(node: fx.Node, results: Sequence[fx.Node]) -> None:
+    """A node of several results goes: ``getitem(node, i)`` becomes ``results[i]``."""
+    for user in list(node.users):
+        user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)
 
 
 def emit_function(graph: fx.Graph, function: Callable[..., fx.Proxy], args, kwargs) -> fx.Node:  # type: ignore[no-untyped-def]

@@ -88,9 +88,13 @@ def _move_in(
     """The op on one step's values, in the body; False, and nothing done, where it is not pointwise."""
     body, index, n = loop.body.graph, int(output.args[1]), len(loop.carries)  # type: ignore[arg-type, call-overload]
     operands = {output: loop.results()[1][index]}
-    added = [o for o in others if not _is_operand(call, loop, o, operands)]
-    for operand in added:
-        operands[operand] = add_operand(call, loop, operand, example(operand).dim() == example(output).dim())
+    added = []
+    for operand in others:
+        placeholder = _placeholder_of(call, loop, operand)
+        if placeholder is None:
+            placeholder = add_operand(call, loop, operand, example(operand).dim() == example(output).dim())
+            added.append(operand)
+        operands[operand] = placeholder
     with body.inserting_before(body.output_node()):
         node = body.node_copy(consumer, operands.__getitem__)
     node.meta = {**consumer.meta, "example_value": example(consumer)[0]}
@@ -107,14 +111,13 @@ def _move_in(
     return True
 
 
-def _is_operand(call: fx.Node, loop: Loop, operand: fx.Node, operands: dict[fx.Node, fx.Node]) -> bool:
-    """Whether the loop reads it already, step by step or as a constant; notes its placeholder."""
+def _placeholder_of(call: fx.Node, loop: Loop, operand: fx.Node) -> fx.Node | None:
+    """Where the body reads `operand`, if the loop has it already: step by step from the first on, or as a constant."""
     reversed_xs = {i for i, x in enumerate(loop.xs, len(loop.carries)) if x.reverse}
     for i, (given, placeholder) in enumerate(zip(call.args, loop.placeholders(), strict=True)):
         if given is operand and i >= len(loop.carries) and i not in reversed_xs:
-            operands[operand] = placeholder
-            return True
-    return False
+            return placeholder
+    return None
 
 
 def add_operand(call: fx.Node, loop: Loop, operand: fx.Node, is_series: bool) -> fx.Node:

@@ -16,6 +16,7 @@ from torch import fx
 
 from snn_compile.ir.values import is_getitem
 from snn_compile.passes.classify import AUTOGRAD_FUNCTION
+from snn_compile.passes.emit import replace_by_results
 from snn_compile.passes.functionalize import is_grad_switch, is_write
 from snn_compile.passes.inline import Inliner
 
@@ -25,7 +26,8 @@ def inline_detached(gm: fx.GraphModule) -> int:
     passes_on: dict[fx.Node, bool] = {}
     for node in reversed(gm.graph.nodes):
         passes_on[node] = _passes_on(node, passes_on)
-    found = [n for n in gm.graph.nodes if n.target is AUTOGRAD_FUNCTION and not any(passes_on[u] for u in n.users)]
+    calls = [n for n in gm.graph.nodes if n.target is AUTOGRAD_FUNCTION]
+    found = [n for n in calls if all(is_getitem(u) and not passes_on[u] for u in n.users)]
     for node in found:
         _inline(gm, node)
     return len(found)
@@ -42,15 +44,10 @@ def _passes_on(node: fx.Node, of_users: dict[fx.Node, bool]) -> bool:
 
 
 def _inline(gm: fx.GraphModule, node: fx.Node) -> None:
-    if not all(is_getitem(u) for u in node.users):
-        return
     forward = getattr(gm, node.args[0].target)  # type: ignore[union-attr]
     with gm.graph.inserting_before(node), torch.no_grad():
         results, _ = _WithoutSwitches(forward, gm, node).inline(node.args[2:])
-    for user in list(node.users):
-        user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
-        gm.graph.erase_node(user)
-    gm.graph.erase_node(node)
+    replace_by_results(node, results)
 
 
 class _WithoutSwitches(Inliner):

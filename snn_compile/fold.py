@@ -14,11 +14,13 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from snn_compile.capture import capture
 from snn_compile.config import Config
 from snn_compile.errors import SnnCompileError
 from snn_compile.ir.recurrence import Recurrence
-from snn_compile.ir.values import example, is_getitem
+from snn_compile.ir.values import example
 from snn_compile.lowering.registration import NAMESPACE, registered
+from snn_compile.passes.emit import replace_by_results
 from snn_compile.passes.inline import Inliner
 from snn_compile.pipeline import run_pipeline
 
@@ -63,27 +65,19 @@ def fold(model: nn.Module, *inputs: Tensor) -> fx.GraphModule:
 
 def _capture(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[fx.GraphModule, Sequence[Any], Callable[[Any], Any]]:
     """Dynamo's graph, what it is called with, and how the model's result is made of the graph's."""
-    found: list[tuple[fx.GraphModule, Sequence[Any], Sequence[Any]]] = []
-
-    def keep(graph: fx.GraphModule, _: object) -> Callable[..., object]:
-        def run(*given: object) -> object:
-            outputs = graph(*given)
-            found.append((graph, given, outputs))
-            return outputs
-
-        return run
-
     torch._dynamo.reset()
-    result = torch.compile(model, backend=keep, fullgraph=True, dynamic=False)(*inputs)
-    graph, given, outputs = found[0]
-    leaves, structure = tree_flatten(result)
+    found = capture(model, *inputs)
+    if found is None:
+        raise SnnCompileError("the model computes nothing")
+    outputs = found.outputs
+    leaves, structure = tree_flatten(found.result)
     places = [next((i for i, o in enumerate(outputs) if o is leaf), None) for leaf in leaves]
 
     def results(nodes: Any) -> Any:
         parts = [leaf if i is None else nodes[i] for leaf, i in zip(leaves, places, strict=True)]
         return tree_unflatten(parts, structure)
 
-    return graph, given, results
+    return found.graph, found.inputs, results
 
 
 def _inline_recurrences(gm: fx.GraphModule) -> dict[fx.Node, str]:
@@ -99,11 +93,7 @@ def _inline_recurrences(gm: fx.GraphModule) -> dict[fx.Node, str]:
             results = Inliner(traced, gm, node).inline(operands)
         if len(results) == 1:
             node.replace_all_uses_with(results[0])
-        for user in list(node.users):
-            assert is_getitem(user)
-            user.replace_all_uses_with(results[user.args[1]])
-            gm.graph.erase_node(user)
-        gm.graph.erase_node(node)
+        replace_by_results(node, results)
     return names
 
 

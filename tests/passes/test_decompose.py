@@ -93,3 +93,14 @@ def test_names():
     assert decomposition_of(torch.ops.aten.add.Tensor) is None
     with pytest.raises(TypeError, match="namespace::name"):
         register_decomposition("leaky", leaky)
+
+
+def test_a_decomposition_that_declines_leaves_the_call():
+    def only_elsewhere(a, v, decay):
+        return NotImplemented if a.device.type == "cpu" else leaky(a, v, decay)
+
+    register_decomposition("snn_test::leaky", only_elsewhere)
+    captured = capture(lambda a, v: leaky_op(a, v, 0.5)[0], x(), torch.zeros(3, 5))
+    before = captured.targets()
+    assert captured.check(decompose) == (0, [])
+    assert captured.targets() == before
