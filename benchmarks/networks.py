@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from snn_compile.backend import snn
+from snn_compile.compat import prepare
 
 ROUNDS = 7
 
@@ -109,6 +110,45 @@ class SpikingJellyTutorial(nn.Module):
         return rate / x.shape[0]
 
 
+class NorseTutorial(nn.Module):
+    """Norse's MNIST tutorial with its own cells; `compat.prepare` gives them their initial states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import norse.torch as norse
+
+        self.fc1, self.lif = nn.Linear(64, 128), norse.LIFCell()
+        self.fc2, self.readout = nn.Linear(128, 10, bias=False), norse.LICell()
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = read = None
+        voltages = []
+        for t in range(x.shape[0]):
+            z, state = self.lif(self.fc1(x[t] * 10), state)
+            v, read = self.readout(torch.relu(self.fc2(z)), read)
+            voltages.append(v)
+        return torch.stack(voltages).max(0).values
+
+
+class SinabsTutorial(nn.Module):
+    """sinabs' first tutorial: dense layers and `IAFSqueeze` over ``[B*T, N]``, with its own spike function, prepared."""
+
+    def __init__(self, batch: int = 64) -> None:
+        super().__init__()
+        import sinabs.layers as layers
+
+        self.layers = nn.Sequential(
+            nn.Linear(64, 128, bias=False),
+            layers.IAFSqueeze(batch_size=batch, min_v_mem=-1.0),
+            nn.Linear(128, 10, bias=False),
+            layers.IAFSqueeze(batch_size=batch, min_v_mem=-1.0),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps, batch = x.shape[:2]
+        return self.layers(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (batch, steps)).mean(1)  # type: ignore[no-any-return]
+
+
 def multi_step_lif(x: Tensor) -> Tensor:
     """`lif` over ``x [T, B, ...]``."""
     v, out = torch.zeros_like(x[0]), []
@@ -171,12 +211,16 @@ class Network:
     training: bool = True
     inductor: bool = True  # (a long loop takes Inductor minutes)
     channels_last: bool = False
+    prepared: bool = False  # `compat.prepare` for snn (the others run the model as it is)
 
 
 NETWORKS = {
     "snnTorch tutorial, T=25": Network(SnnTorchTutorial, (25, 64, 64), "snntorch"),
     "snnTorch tutorial, T=100": Network(SnnTorchTutorial, (100, 64, 64), "snntorch"),
+    "SpikingJelly tutorial, T=25": Network(SpikingJellyTutorial, (25, 64, 64), "spikingjelly"),
     "SpikingJelly tutorial, T=100": Network(SpikingJellyTutorial, (100, 64, 64), "spikingjelly", inductor=False),
+    "Norse tutorial, T=32": Network(NorseTutorial, (32, 64, 64), "norse", prepared=True),
+    "sinabs tutorial, T=32": Network(SinabsTutorial, (32, 64, 64), "sinabs", prepared=True),
     "plain loop, static input, T=25": Network(lambda: Perceptron(static=True), (25, 64, 64)),
     "conv net, 8x8, T=16": Network(lambda: Convolutional(8), (16, 32, 1, 8, 8)),
     "conv net, 32x32, T=16": Network(lambda: Convolutional(32), (16, 16, 1, 32, 32)),
@@ -189,6 +233,8 @@ NETWORKS = {
 def step(network: Network, backend: object, x: Tensor, y: Tensor) -> tuple[Callable[[], Tensor], nn.Module]:
     torch.manual_seed(0)
     module = network.make().train(network.training)
+    if network.prepared and backend is snn:
+        prepare(module)
     run = module if backend is None else torch.compile(module, backend=backend)  # type: ignore[call-overload]
 
     def train() -> Tensor:

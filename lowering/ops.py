@@ -174,7 +174,16 @@ def is_supported(node: fx.Node) -> bool:
     if name not in TABLE:
         return False
     dtypes = [a.meta["val"].dtype for a in node.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)]
-    return all(d in DTYPES for d in [*dtypes, node.meta["val"].dtype])
+    return all(d in DTYPES for d in [*dtypes, node.meta["val"].dtype]) and _has_bounds_in_range(node)
+
+
+def _has_bounds_in_range(node: fx.Node) -> bool:
+    """Bounds of `clamp` that its integers cannot hold: PyTorch wraps (to 2.13), ignores or refuses them."""
+    dtype = node.meta["val"].dtype
+    if not overload_name(node.target).startswith("clamp") or dtype.is_floating_point or dtype == torch.bool:
+        return True
+    numbers = [o for o in operand_nodes(node) if not isinstance(o, fx.Node)]
+    return all(torch.iinfo(dtype).min <= n <= torch.iinfo(dtype).max for n in numbers)  # type: ignore[operator]
 
 
 def operand_nodes(node: fx.Node) -> list[object]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from snn_compile.ir.recurrence import Recurrence
 from snn_compile.ir.stepped import Call, Program, Reduced, Region, Slot, SteppedRecurrence
@@ -54,7 +55,7 @@ def _runner(unit: Region | Call, target: Target) -> Run:
 def _call_runner(unit: Call) -> Run:
     target: Callable[..., Any] = getattr(unit.target, "_op", unit.target)  # past the checks of `OpOverload.__call__`
     args, kwargs, output = unit.args, unit.kwargs, unit.output
-    nested = any(isinstance(a, (list, tuple, dict)) for a in args) or bool(kwargs)
+    nested = any(not isinstance(a, Slot) and _has_slot(a) for a in args) or bool(kwargs)
     into = _out_variant(unit)
     places = [(i, a.index) for i, a in enumerate(args) if isinstance(a, Slot)]
     template = list(args)
@@ -77,6 +78,10 @@ def _call_runner(unit: Call) -> Run:
             now[output].copy_(values[output])
 
     return run_nested if nested else run
+
+
+def _has_slot(value: object) -> bool:
+    return any(isinstance(v, Slot) for v in tree_leaves(value))
 
 
 def _out_variant(unit: Call) -> Callable[..., Any] | None:

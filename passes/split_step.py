@@ -19,6 +19,7 @@ from snn_compile.ir.recurrence import Const, Output, Recurrence, TimeSeries
 from snn_compile.ir.stepped import Call, Program, Region, Slot
 
 aten = torch.ops.aten
+VIEWS = {aten.view.default, aten._unsafe_view.default}
 Supported = Callable[[fx.Node], bool]
 #: (level, shape, is invariant): one region each
 Key = tuple[int, tuple[int, ...], bool]
@@ -106,7 +107,9 @@ class _Splitter:
 
     def _call(self, node: fx.Node) -> Call:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: Slot(self.slot[n]))  # type: ignore[arg-type, return-value]
-        return Call(node.target, tuple(args), dict(kwargs), self.slot[node])  # type: ignore[arg-type]
+        # clones are gone, and results of regions are contiguous: what was a view in the trace may be a copy here
+        target = aten.reshape.default if node.target in VIEWS else node.target
+        return Call(target, tuple(args), dict(kwargs), self.slot[node])  # type: ignore[arg-type]
 
     def _region(self, nodes: list[fx.Node]) -> Region:
         inside = set(nodes)

@@ -31,7 +31,7 @@ from snn_compile.passes.trace_step import decomposed_graph, find_differentiable,
 aten = torch.ops.aten
 
 TRANSPOSES = {aten.t.default, aten.numpy_T.default}
-RESHAPES = {aten.view.default, aten.reshape.default, aten.squeeze.dim}
+RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.squeeze.dim, aten.unsqueeze.default}
 
 
 def trace_stepped(
@@ -79,7 +79,29 @@ def trace_stepped(
 
 def _trace(function: Callable[..., object], operands: Sequence[torch.Tensor], supported: Supported) -> fx.GraphModule:
     """Trace; pointwise ops that no target knows are decomposed in a second trace, all others are calls."""
-    return decomposed_graph(function, operands, supported, lambda op: torch.Tag.pointwise in getattr(op, "tags", ()))
+    gm = decomposed_graph(function, operands, supported, lambda op: torch.Tag.pointwise in getattr(op, "tags", ()))
+    _fold_reshapes(gm)
+    return gm
+
+
+def _fold_reshapes(gm: fx.GraphModule) -> None:
+    """``view(view(x, a), b) -> view(x, b)``, and ``x`` where that is its shape: each would be a call, in every step."""
+    for node in list(gm.graph.nodes):
+        if node.target not in RESHAPES or not isinstance(node.args[0], fx.Node):
+            continue
+        source = node.args[0]
+        if source.target in RESHAPES:
+            with gm.graph.inserting_before(node):
+                new = gm.graph.call_function(aten.reshape.default, (source.args[0], list(node.meta["val"].shape)))
+            new.meta = dict(node.meta)
+            node.replace_all_uses_with(new)
+            gm.graph.erase_node(node)
+            node, source = new, source.args[0]  # type: ignore[assignment]
+        if source.meta["val"].shape == node.meta["val"].shape:
+            node.replace_all_uses_with(source)
+            gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
 
 
 def _check(step: fx.GraphModule, carries: Sequence[Carry], operands: Sequence[torch.Tensor]) -> None:

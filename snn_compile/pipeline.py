@@ -32,6 +32,7 @@ from snn_compile.passes.batch_time import batch_time
 from snn_compile.passes.carry_statistics import carry_statistics, updates_statistics
 from snn_compile.passes.chunk_time import chunk_length, chunk_time
 from snn_compile.passes.classify import OpInfo, classify
+from snn_compile.passes.convolutions_at_one_position import is_at_one_position, replace_convolutions_at_one_position
 from snn_compile.passes.decompose import decompose
 from snn_compile.passes.distribute import Group, distribute, find_groups
 from snn_compile.passes.fold_batch_norm import fold_batch_norm
@@ -65,6 +66,7 @@ COUNTERS = (
     "producers_fused",
     "batch_norms_folded",
     "thresholds_folded",
+    "convolutions_replaced",
     "rejections",
     "pass_failures",
 )
@@ -85,6 +87,7 @@ PASSES = (
     ("hoist", "loop-invariant work runs once"),
     ("distribute", "strongly connected components become recurrences; pointwise neighbours join them"),
     ("batch_time", "a loop without a recurrence runs once over all steps"),
+    ("convolutions_at_one_position", "a recurrence's convolution over its whole input becomes a product of matrices"),
     ("lower", "a pointwise recurrence becomes one kernel, forward and backward"),
     ("unroll", "what is left becomes plain ops again, for Inductor"),
 )
@@ -103,6 +106,7 @@ class Report:
     steps: dict[str, int] = field(default_factory=dict)
     ops_hoisted: int = 0
     ops_time_batched: int = 0
+    convolutions_replaced: int = 0
     changed: bool = False
 
 
@@ -162,10 +166,11 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
         _batch_time(work, report)
         dump(work, "4_batch_time")
     _lower(work, report, dump, config)
+    counters["snn_compile"]["convolutions_replaced"] += report.convolutions_replaced
     dump(work, "5_lower")
     counters["snn_compile"]["rejections"] += len(report.rejections)
     _rewrite_inner(work, config, report)
-    if not report.recurrences and not report.stepped:
+    if not report.recurrences and not report.stepped and not report.convolutions_replaced:
         return report
     for call, loop in _calls(work):
         unroll(work, call, loop)
@@ -214,6 +219,7 @@ def _rewrite_inner(gm: fx.GraphModule, config: Config, report: Report) -> None:
         report.rejections += inner.rejections
         report.ops_hoisted += inner.ops_hoisted
         report.ops_time_batched += inner.ops_time_batched
+        report.convolutions_replaced += inner.convolutions_replaced
 
 
 def _calls(gm: fx.GraphModule) -> list[tuple[fx.Node, Loop]]:
@@ -229,7 +235,11 @@ def _why_not(loop: Loop, config: Config) -> Rejection | None:
     if any(g.is_kernel for g in groups):
         return _why_growing(loop, groups)
     is_long = loop.length >= config.step_from
-    if any(g.recurrent and (is_long or _runs_by_channel(g.nodes, infos)) for g in groups) and _may_step(groups, infos):
+
+    def gains(group: Group) -> bool:  # (a product in place of a convolution is worth it unrolled, too)
+        return is_long or _runs_by_channel(group.nodes, infos) or any(map(is_at_one_position, group.nodes))
+
+    if any(g.recurrent and gains(g) for g in groups) and _may_step(groups, infos):
         return _why_growing(loop, groups)
     if any(g.recurrent for g in groups):
         worst = next(n for g in groups if g.recurrent for n in g.nodes if not infos[n].pointwise)
@@ -237,11 +247,13 @@ def _why_not(loop: Loop, config: Config) -> Rejection | None:
             f"a state goes through '{worst.target}' from step to step, which is not pointwise",
             worst.name,
             loop.location,
-            f"options={{'step_from': {loop.length}}} runs it as a program of kernels and calls"
-            if _may_step(groups, infos)
-            else "",
+            _step_from(loop) if _may_step(groups, infos) else "",
         )
     return Rejection("nothing is carried from step to step", loop.name, loop.location)
+
+
+def _step_from(loop: Loop) -> str:
+    return f"options={{'step_from': {loop.length}}} runs it as a program of kernels and calls"
 
 
 def _may_step(groups: list[Group], infos: dict[fx.Node, OpInfo]) -> bool:
@@ -295,9 +307,14 @@ def _lower(gm: fx.GraphModule, report: Report, dump: _Dump, config: Config) -> N
     grad_enabled = torch.is_grad_enabled()
     for call, loop in _calls(gm):
         if loop.is_recurrent and not loop.is_kernel:
+            count = replace_convolutions_at_one_position(loop.body)
+            report.convolutions_replaced += count
             infos = classify(loop, is_pointwise_op)
             if loop.length >= config.step_from or _runs_by_channel(list(infos), infos):
                 _lower_stepped(gm, call, loop, infos, report, dump)
+            elif count:
+                reason = "a state goes through a convolution from step to step: unrolled, as the product of matrices that it is"
+                report.rejections.append(Rejection(reason, call.name, loop.location, _step_from(loop)))
         if not loop.is_kernel:
             continue
         try:

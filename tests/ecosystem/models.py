@@ -127,17 +127,13 @@ def snntorch() -> Iterator[tuple]:  # type: ignore[type-arg]
         for reset in ("subtract", "zero", "none"):
             yield f"{name}, {reset}", lambda make=make, reset=reset: make(reset_mechanism=reset)
     for reset in ("none", "subtract", "zero"):
-        for name, cell, shape in (("SLSTM", snt.SLSTM, (N, N)), ("SConv2dLSTM", snt.SConv2dLSTM, (1, 1, 3))):
-            options = {"reset_mechanism": reset, "threshold": 0.1}
-            yield (
-                f"{name}, {reset}",
-                lambda name=name, cell=cell, shape=shape, options=options: (
-                    Loop(cell(*shape, **options), one("reset_mem")) if name == "SLSTM" else Images(cell(*shape, **options))
-                ),
-                1,
-                "",
-                2e-7,
-            )
+        options = {"reset_mechanism": reset, "threshold": 0.1}
+        cells = {
+            "SLSTM": lambda o=options: Loop(snt.SLSTM(N, N, **o), one("reset_mem")),
+            "SConv2dLSTM": lambda o=options: Images(snt.SConv2dLSTM(1, 1, 3, **o)),
+        }
+        for name, make in cells.items():
+            yield f"{name}, {reset}", make, 1, "", 2e-7
     yield "LeakyParallel", lambda: snt.LeakyParallel(N, N), 0, "Dynamo does not enter `nn.RNN`"
     yield "tutorial net", lambda: TutorialNet(snt), 2
     yield "tutorial net, static input", lambda: TutorialNet(snt, static=True), 2
@@ -231,6 +227,24 @@ class JellyNet(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------- Norse
 
 
+class NorseNet(nn.Module):
+    """Norse's MNIST tutorial: spiking layers, and the voltage of a leaky integrator read out."""
+
+    def __init__(self, nt, hidden: int = 32, outputs: int = 10) -> None:  # type: ignore[no-untyped-def]
+        super().__init__()
+        self.fc1, self.lif = nn.Linear(N, hidden), nt.LIFCell()
+        self.fc2, self.readout = nn.Linear(hidden, outputs, bias=False), nt.LICell()
+
+    def forward(self, x: Tensor) -> Tensor:
+        s1 = so = None
+        voltages = []
+        for ts in range(x.shape[0]):
+            z, s1 = self.lif(self.fc1(x[ts] * 10), s1)
+            vo, so = self.readout(torch.relu(self.fc2(z)), so)
+            voltages.append(vo)
+        return torch.stack(voltages)
+
+
 def norse() -> Iterator[tuple]:  # type: ignore[type-arg]
     import norse.torch as nt
     from torch.utils._pytree import tree_map
@@ -265,9 +279,27 @@ def norse() -> Iterator[tuple]:  # type: ignore[type-arg]
     yield "LIFCell", lambda: Loop(nt.LIFCell(), lambda cell, x: (None,)), 0, breaks
     for name in ("LIF", "LI", "LSNN", "LIFAdEx", "LIFEx"):
         yield name, lambda name=name: First(getattr(nt, name)())
+    yield "tutorial net", lambda: NorseNet(nt), 0, breaks
 
 
 # ---------------------------------------------------------------------------------------------------------------- sinabs
+
+
+class SinabsNet(nn.Module):
+    """sinabs' first tutorial: an artificial network whose activations have become spiking layers over ``[B*T, N]``."""
+
+    def __init__(self, sl, hidden: int = 32, outputs: int = 10) -> None:  # type: ignore[no-untyped-def]
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(N, hidden, bias=False),
+            sl.IAFSqueeze(batch_size=B, min_v_mem=-1.0),
+            nn.Linear(hidden, outputs, bias=False),
+            sl.IAFSqueeze(batch_size=B, min_v_mem=-1.0),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, steps = x.shape[1], x.shape[0]
+        return self.layers(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (batch, steps))  # type: ignore[no-any-return]
 
 
 def sinabs() -> Iterator[tuple]:  # type: ignore[type-arg]
@@ -297,3 +329,4 @@ def sinabs() -> Iterator[tuple]:  # type: ignore[type-arg]
             if name != "LIF, synapse":
                 yield f"{name}, {spike.__name__}", lambda make=make, spike=spike: BatchFirst(make(spike_fn=spike)), 0, attribute
     yield "ExpLeak", lambda: BatchFirst(sl.ExpLeak(tau_mem=20.0))
+    yield "tutorial net", lambda: SinabsNet(sl), 0, attribute

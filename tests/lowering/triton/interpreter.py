@@ -1,7 +1,7 @@
 """Triton's interpreter in a process of its own, because Triton must be imported with TRITON_INTERPRET=1.
 
 The interpreter is completed where it does not compute what a device computes: bf16 conversions truncate, `libdevice` is
-empty, `tl.fma` rounds twice.
+empty, `tl.fma` rounds twice, and (Triton 3.9) a comparison of scalars becomes integers where it is stretched over lanes.
 """
 
 from __future__ import annotations
@@ -55,6 +55,13 @@ def complete_interpreter() -> None:
     def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
         return TensorHandle(_fused(x.data, y.data, z.data), z.dtype.scalar)
 
+    splat = InterpreterBuilder.create_splat
+
+    def splat_conditions(self: Any, shape: Any, scalar: Any) -> Any:
+        handle = TensorHandle(scalar.data, tl.int1) if scalar.data.dtype == np.bool_ else scalar
+        return splat(self, shape, handle)
+
+    InterpreterBuilder.create_splat = splat_conditions
     InterpreterBuilder.cast_impl = cast_to_nearest
     InterpreterBuilder.create_fma = fma
     np.seterr(all="ignore")
