@@ -19,7 +19,7 @@ from snn_compile.ir.stepped import SteppedRecurrence
 from snn_compile.ir.values import example, is_getitem, known_int, shape_hint
 from snn_compile.lowering import ops
 from snn_compile.lowering.registration import NAMESPACE
-from snn_compile.passes.hoist_creations import inline_creations
+from snn_compile.passes.hoist_creations import inline_creations, number_of
 from snn_compile.passes.trace_step import StepInterpreter, trace_step
 from snn_compile.passes.trace_stepped import trace_stepped
 
@@ -29,6 +29,7 @@ def make_recurrence(call: fx.Node, loop: Loop, grad_enabled: bool) -> Recurrence
     _check_dtypes(call, loop)
     _inline_constants(call, loop)
     _drop_reshapes(loop)
+    _shrink_initial_states(call, loop)
     shape = _lanes(call, loop)
     _check_promotion(loop, shape)
     recurrence = trace_step(
@@ -153,6 +154,21 @@ def _inline_constants(call: fx.Node, loop: Loop) -> None:
         del placeholders[at]
         call.args = (*call.args[:at], *call.args[at + 1 :])
     loop.body.recompile()
+
+
+def _shrink_initial_states(call: fx.Node, loop: Loop) -> None:
+    """``full([4, 8], 0.)`` that a state starts from is passed as ``full([], 0.)``: nothing to fill, to read or to save."""
+    lanes = {shape_hint(v)[1:] for v in map(example, loop.split(call.args)[1]) if isinstance(v, torch.Tensor)}
+    for i, init in enumerate(call.args[: len(loop.carries)]):
+        value = example(init)
+        if not isinstance(init, fx.Node) or (number := number_of(init)) is None or shape_hint(value) not in lanes:
+            continue
+        with call.graph.inserting_before(call):
+            new = call.graph.call_function(torch.full, ((), number), {"dtype": value.dtype, "device": value.device})
+        new.meta = {**init.meta, "example_value": value.new_full((), number)}
+        call.update_arg(i, new)
+        if not init.users:
+            call.graph.erase_node(init)
 
 
 _RESHAPES = ("view", "reshape", "flatten", "unflatten", "expand", "view_as", "reshape_as", "expand_as", "broadcast_to")

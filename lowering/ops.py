@@ -198,6 +198,18 @@ def operand_nodes(node: fx.Node) -> list[object]:
     return operands
 
 
+#: Ops whose result is one of the operands, its negative, or a whole number.
+_EXACT = {"neg", "abs", "sign", "sgn", "relu", "maximum", "minimum", "where", "heaviside", "floor", "ceil", "trunc", "round"}
+
+
+def is_exact(node: fx.Node) -> bool:
+    """Whether the result needs no rounding to bf16 or fp16, its operands having been rounded."""
+    op, dtype = overload_name(node.target).split(".")[0], node.meta["val"].dtype
+    if op == "_to_copy":
+        return node.args[0].meta["val"].dtype == torch.bool  # type: ignore[union-attr]
+    return op in _EXACT and promoted_dtype(node) == dtype
+
+
 def computation_dtype(node: fx.Node) -> torch.dtype:
     """The dtype in which eager evaluates the op: fp32 for bf16 and fp16, the promoted dtype otherwise."""
     return opmath(promoted_dtype(node))

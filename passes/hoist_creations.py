@@ -83,6 +83,11 @@ def _create(graph: fx.Graph, value: torch.Tensor, number: float, memory_format: 
     return node
 
 
+def number_of(node: fx.Node) -> int | float | bool | None:
+    """The number that a constant tensor of `hoist_creations` is filled with; None for any other node."""
+    return _number(node) if node.target is torch.full else None
+
+
 def inline_creations(body: fx.GraphModule, operands: dict[fx.Node, object]) -> list[fx.Node]:
     """Constants of a loop that are tensors of one number become part of its body; gives their placeholders.
 
@@ -91,7 +96,7 @@ def inline_creations(body: fx.GraphModule, operands: dict[fx.Node, object]) -> l
     inlined = []
     like = next((p for p in operands if p.op == "placeholder" and p.users), None)
     for placeholder, operand in operands.items():
-        number = _number(operand) if isinstance(operand, fx.Node) and operand.target is torch.full else None
+        number = number_of(operand) if isinstance(operand, fx.Node) else None
         value = example(placeholder)
         if number is None or like is None or like is placeholder or example(like).shape != value.shape:
             continue

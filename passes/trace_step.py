@@ -19,7 +19,7 @@ others (`passes/split_sums`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -139,7 +139,38 @@ def _trace_backward(body, operands, needs_grad, recurrence, supported, shape):  
     names = [o.name for o in (*recurrence.carries, *recurrence.xs, *recurrence.consts)]
     m = len(recurrence.carries)
     names += [f"grad_{'next_' if i < m else ''}{r.name}" for i, r in enumerate(results) if r.differentiable]
-    return _trace(backward, [*operands, *cotangents], names, supported, shape)
+    gm = _trace(backward, [*operands, *cotangents], names, supported, shape)
+    first = m + len(recurrence.xs)
+    leave_unrounded(gm, gm.graph.find_nodes(op="placeholder")[first : len(operands)])
+    return gm
+
+
+def leave_unrounded(gm: fx.GraphModule, consts: Iterable[fx.Node]) -> None:
+    """A backward step in bf16 or fp16 is rounded where its gradients are stored, not after every op: mark its nodes so.
+
+    Eager rounds each; what is left out here is error. A value that decides something - it is compared, or made an integer -
+    stays as eager has it, and so does what comes of constants alone, which the forward may share.
+    """
+    nodes = list(gm.graph.nodes)
+    varying = {n for n in nodes if n.op == "placeholder"} - set(consts)
+    deciding: set[fx.Node] = set()
+    for node in reversed(nodes):
+        if node.op == "call_function" and (node in deciding or _decides(node)):
+            deciding |= {node, *node.all_input_nodes}
+    for node in nodes:
+        if node.op == "call_function" and not varying.isdisjoint(node.all_input_nodes):
+            varying.add(node)
+            node.meta["is_rounded"] = node in deciding
+
+
+def _decides(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    is_float = isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+    return not is_float or getattr(node.target, "overloadpacket", None) in STEPS
+
+
+#: ops that jump where their operand crosses a number
+STEPS = {aten.floor, aten.ceil, aten.trunc, aten.round, aten.sign, aten.sgn, aten.heaviside, aten.fmod, aten.remainder}
 
 
 # ---------------------------------------------------------------------------------------------------------- tracing

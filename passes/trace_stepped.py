@@ -26,7 +26,14 @@ from snn_compile.ir.stepped import Reduced, SteppedRecurrence
 from snn_compile.ir.values import is_getitem
 from snn_compile.passes.emit import emit
 from snn_compile.passes.split_step import Supported, is_number, is_pointwise, split_step
-from snn_compile.passes.trace_step import decomposed_graph, find_differentiable, name_nodes, simplify, vector_jacobian
+from snn_compile.passes.trace_step import (
+    decomposed_graph,
+    find_differentiable,
+    leave_unrounded,
+    name_nodes,
+    simplify,
+    vector_jacobian,
+)
 
 aten = torch.ops.aten
 
@@ -71,6 +78,8 @@ def trace_stepped(
         results = [(f"grad_next_{c.name}", c) for c in carries] + [(f"grad_{y.name}", y) for y in ys]  # type: ignore[list-item]
         name_nodes(joint, names + [name for name, r in results if r.differentiable])
         _check_calls(joint)
+        first = len(carries) + len(xs)
+        leave_unrounded(joint, joint.graph.find_nodes(op="placeholder")[first : len(operands)])
     else:
         joint = None
     signature = (name, tuple(carries), tuple(xs), tuple(consts), tuple(ys))

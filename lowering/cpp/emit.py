@@ -3,7 +3,7 @@
     sub = x - v; div = sub/2; h = v + div        ->        const float h = v + (x - v) / 2.0f;
 
 A node that the user did not name and that one other node reads is written where it is read. Rounding to bf16 and fp16
-happens at every node, named or not.
+happens at every node, named or not, but gradients (`passes/trace_step.leave_unrounded`): those are rounded where they are stored.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from snn_compile.lowering.ops import (
     TABLE,
     PointwiseOp,
     computation_dtype,
+    is_exact,
     operand_nodes,
     opmath,
     overload_name,
@@ -47,6 +48,8 @@ class Text:
     dtype: torch.dtype
     #: its outermost operator, where that is a plain infix one
     operator: str = ""
+    #: to bf16 or fp16, where that is its dtype
+    is_rounded: bool = True
 
     @property
     def operand(self) -> str:
@@ -71,7 +74,7 @@ class Emitter:
             if node in kept or not self._is_inlined(node, text):
                 name = self.names.unique(wanted_name(node))
                 lines.append(f"const {HELD[text.dtype]} {name} = {text.code};")
-                text = Text(name, text.dtype)
+                text = Text(name, text.dtype, is_rounded=text.is_rounded)
             self.values[node] = text
         return lines
 
@@ -79,7 +82,8 @@ class Emitter:
         """A node or a Python number, held as `dtype`."""
         if not isinstance(node, fx.Node):
             return literal(0 if node is None else node, dtype)  # type: ignore[arg-type]
-        return _converted(self.values[node], dtype).code
+        text = _converted(self.values[node], dtype)
+        return text.code if text.is_rounded or dtype not in HALVES else self._rounded(text.code, dtype)
 
     def _expression(self, node: fx.Node) -> Text:
         name, result = overload_name(node.target), node.meta["val"].dtype
@@ -96,7 +100,10 @@ class Emitter:
         if name != "_to_copy.default" and HELD[compute] != HELD[result] and result != torch.bool:
             code, operator = f"{HELD[result]}({code})", ""
         if result in HALVES:
-            code, operator = self._rounded(code, result), ""
+            if not node.meta.get("is_rounded", True):
+                return Text(code, result, operator, is_rounded=False)
+            if not is_exact(node):
+                code, operator = self._rounded(code, result), ""
         return Text(code, result, operator)
 
     def _with_helpers(self, row: PointwiseOp, code: str, compute: torch.dtype) -> str:

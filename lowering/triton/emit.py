@@ -5,7 +5,7 @@
     ->  h = v + (x - v) * 0.5
 
 A value with a name of the user's, or with several uses, gets a line; any other is written where it is used. bf16 and
-fp16 values live in fp32 registers and are rounded after every op, as eager does.
+fp16 values live in fp32 registers and are rounded after every op, as eager does, but gradients: those where they are stored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import fx
 from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND as Kind
 from torch._prims_common import elementwise_dtypes
 
-from snn_compile.lowering.ops import CONSTANTS, TABLE, operand_nodes, opmath, overload_name
+from snn_compile.lowering.ops import CONSTANTS, TABLE, is_exact, operand_nodes, opmath, overload_name
 from snn_compile.lowering.triton.analysis import count_users, template_of
 from snn_compile.lowering.triton.literals import TRITON_DTYPES
 from snn_compile.lowering.triton.memory import as_block
@@ -29,9 +29,6 @@ from snn_compile.lowering.triton.values import Value, convert, fill, number
 
 #: Eager hands a Python number to these in the computation dtype (opmath), to all others in the promoted dtype.
 _OPMATH_SCALARS = {"add", "sub", "rsub", "mul", "div"}
-#: Results that are one of the operands, or exact in its dtype: nothing to round.
-_EXACT_IN_DTYPE = {"neg", "abs", "sign", "sgn", "relu", "maximum", "minimum", "where", "heaviside"}
-_EXACT_IN_DTYPE |= {"floor", "ceil", "trunc", "round"}
 
 _LONGEST_EXPRESSION = 40
 
@@ -105,8 +102,7 @@ class Emitter:
             block=any(o.block for o in operands),
             uses=frozenset().union(*(o.uses for o in operands)),
         )
-        op = name.split(".")[0]
-        if op == "_to_copy" or (op in _EXACT_IN_DTYPE and result == dtype):
+        if name == "_to_copy.default" or is_exact(node) or not node.meta.get("is_rounded", True):
             return replace(value, dtype=dtype)
         return convert(value, dtype)
 
