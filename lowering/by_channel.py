@@ -54,6 +54,13 @@ class Operand:
         return self.tensor.dim() - self.timed != dim or self.tensor[(0,) * (self.timed + 2)].is_contiguous()
 
 
+def _with_rows(value: Tensor) -> Tensor:
+    """Contiguous; of a whole value that is one number everywhere, one row in memory, for all rows."""
+    if any(value.stride()) or value.dim() < 3 or value.numel() == 0:
+        return value.contiguous()
+    return value[0, 0].contiguous().expand(value.shape)
+
+
 def suits_channels(value: Tensor) -> bool:
     """fp32 on CPU, ``[N, C, *space]`` in that order in memory, in steps too large for the caches."""
     if value.dtype != torch.float32 or value.device.type != "cpu" or value.dim() < 3:
@@ -151,7 +158,7 @@ def forward_by_channel(
     n, first = len(r.carries), len(r.carries) + len(r.xs)
     call = _Call(r, "forward")
     for i, (carry, init) in enumerate(zip(r.carries, inits, strict=True)):
-        call.give("carry", i, carry.name, Operand(init), next=r.forward.outputs[i])
+        call.give("carry", i, carry.name, Operand(_with_rows(init)), next=r.forward.outputs[i])
     for j, (spec, x) in enumerate(zip(r.xs, xs, strict=True)):
         call.give("series", n + j, spec.name, Operand(x, True, spec.reverse))
     call.give_constants(values, range(first, len(values)))
@@ -175,7 +182,7 @@ def backward_by_channel(
 ) -> list[Tensor] | None:
     """The gradients, or None where that is not possible. `cotangents`: of the carries, and of the outputs, time first."""
     assert r.backward is not None
-    cotangents = [c.contiguous() for c in cotangents[0]], [None if c is None else c.contiguous() for c in cotangents[1]]
+    cotangents = [_with_rows(c) for c in cotangents[0]], [None if c is None else c.contiguous() for c in cotangents[1]]
     inits, xs, consts = r.split(operands)
     outputs, n_ct = r.backward.outputs, len(cotangents[0])
     call = _Call(r, "backward")
@@ -212,7 +219,7 @@ def _give_backward(
     n, n_ops = len(r.carries), len(r.carries) + len(r.xs) + len(r.consts)
     first_ct = n_ops + r.n_residuals
     for i, after in zip(r.history, kept, strict=False):
-        call.give("before", i, r.carries[i].name, Operand(after, True), Operand(inits[i].contiguous()))
+        call.give("before", i, r.carries[i].name, Operand(after, True), Operand(_with_rows(inits[i])))
     for j, (spec, x) in enumerate(zip(r.xs, xs, strict=True)):
         if x is not None:
             call.give("series", n + j, spec.name, Operand(x, True, spec.reverse))

@@ -47,10 +47,12 @@ def make_recurrence(call: fx.Node, loop: Loop, grad_enabled: bool) -> Recurrence
     return recurrence
 
 
-def make_stepped(call: fx.Node, loop: Loop, grad_enabled: bool) -> SteppedRecurrence:
+def make_stepped(call: fx.Node, loop: Loop, grad_enabled: bool, is_by_channel: bool = False) -> SteppedRecurrence:
     """Trace and differentiate the loop's body as a program of kernels and calls; raises `Reject` where that cannot be."""
     _check_dtypes(call, loop)
     examples = [_of_one_step(a, i, loop) for i, a in enumerate(call.args)]
+    if is_by_channel:
+        _shrink_initial_states(call, loop)
     device = _device(call, loop)
     signature = _signature(call, loop, grad_enabled)
     stepped = trace_stepped(_runner(loop), examples, name=loop.name, **signature, supported=ops.is_supported)

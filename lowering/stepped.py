@@ -193,6 +193,7 @@ def result_specs(r: SteppedRecurrence, steps: int) -> list[tuple[tuple[int, ...]
 def run_stepped(r: SteppedRecurrence, target: Target, operands: Sequence[Tensor], steps: int) -> list[Tensor]:
     """``operands -> ys, finals, history, residuals``; `history` holds the states *after* each step."""
     inits, xs, consts = r.split(operands)
+    inits = _whole_states(r, inits)  # type: ignore[assignment]
     runner = _prepared(r, r.forward, target, "forward", operands)
     device = operands[0].device
     out: list[int] = r.forward.outputs  # type: ignore[assignment]  # (none is None: only a gradient may be zero)
@@ -223,6 +224,12 @@ def run_stepped(r: SteppedRecurrence, target: Target, operands: Sequence[Tensor]
         finals = [c.clone() for c, spec in zip(carries, r.carries, strict=True) if spec.is_result]
     ys = [k if y.time_dim == 0 else k.movedim(0, y.time_dim).contiguous() for k, y in zip(kept, r.ys, strict=False)]
     return [*ys, *finals, *kept[m:]]
+
+
+def _whole_states(r: SteppedRecurrence, inits: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Initial states in the shape of states: a constant one is passed as a number."""
+    shapes = [shape for shape, _ in r.results]
+    return [i if i is None or i.shape == shape else i.expand(shape) for i, shape in zip(inits, shapes, strict=False)]
 
 
 def kept_for_backward(r: SteppedRecurrence, results: Sequence[Tensor]) -> list[Tensor]:
@@ -278,6 +285,8 @@ def run_stepped_backward(
     program = r.backward
     assert program is not None
     inits, xs, consts = r.split(operands)
+    inits = _whole_states(r, inits)
+    operands = [*inits, *xs, *consts]
     runner = _prepared(r, program, target, "backward", [*operands, *kept, *cotangents])
     n, n_ops = len(r.carries), len(operands)
     values = runner.values()

@@ -342,7 +342,7 @@ def _lower_stepped(
     try:
         grow_states(gm, call, loop, infos)
         carry_statistics(gm, call, loop)
-        stepped = make_stepped(call, loop, torch.is_grad_enabled())
+        stepped = make_stepped(call, loop, torch.is_grad_enabled(), by_channel)
         target = targets.for_operands(call, stepped.location)
     except Reject as r:
         report.rejections.append(replace(r.rejection, location=r.rejection.location or loop.location))
