@@ -124,6 +124,8 @@ class _Writer:
     parts: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     #: slot of a call -> the sums it needs that the loop of a region has made
     summed: dict[int, list[str]] = field(default_factory=dict)
+    #: slots of whole values that the loop of a region has stored in their series
+    stored: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         whole = [v.shape for v in self.values if isinstance(v, torch.Tensor) and v.dim() > 2]
@@ -181,10 +183,9 @@ class _Writer:
         """A pointer into every row. A channel's rows lie far apart in a tensor: the next but one is asked for now."""
         for address, pointer in pointers.items():
             self.line(f"float* const {pointer} = {address};")
-            step = f"{address.split()[0]}_row"
-            if address in read and step in address:
+            if address in read and not address.endswith(_IN_BUFFER):
                 self.helpers.add("prefetch")
-                self.line(f"prefetch({pointer} + 2 * {step}, inner * sizeof(float));")
+                self.line(f"prefetch({pointer} + 2 * {address.rsplit(' * ', 1)[1]}, inner * sizeof(float));")
 
     def _stored(self, slot: int) -> list[int]:
         return [s for source in self.made[slot][0] for s in self._stored(source)] if slot in self.made else [slot]
@@ -343,12 +344,16 @@ class _Writer:
 
     def _place(self, slot: int) -> None:
         """Where a whole value goes: into its series, if it is wanted, or into a buffer."""
-        if slot in self.series:
-            self.row[slot] = self._address(self.tensor["series", slot], slot, "t")
-        elif slot in [g.next for g in self.given if g.kind == "carry"]:
+        if self._is_next(slot):
             self.row[slot] = self._two_buffers() + _IN_BUFFER
+        elif slot in self.series:
+            self.row[slot] = self._address(self.tensor["series", slot], slot, "t")
         else:
             self.row[slot] = self._buffer() + _IN_BUFFER
+
+    def _is_next(self, slot: int) -> bool:
+        """A state, that the next step reads."""
+        return slot in [g.next for g in self.given if g.kind == "carry"]
 
     def _two_buffers(self) -> str:
         """A state is read while the next one is written."""
@@ -379,7 +384,9 @@ class _Writer:
         for slot in unit.outputs:
             self._place(slot)
         read = [s for s in unit.inputs if s in self.row or s in self.made]
-        given = {s: self._address(self.tensor["series", s], s, "t") for s in read if s in self.made and s in self.series}
+        # what was not stored where it was made, and states, which stay in the cache for the next step
+        given = [s for s in read if s in self.made] + [s for s in unit.outputs if self._is_next(s)]
+        series = {s: self._address(self.tensor["series", s], s, "t") for s in given if s in self.series}
         calls = [call for call in rest if isinstance(call, Call)]
         sums = [s for call in calls for s in self._sums(call, unit)]
         read += [
@@ -388,8 +395,8 @@ class _Writer:
         read = list(dict.fromkeys(read))
         self.line(*(f"double {s.name} = 0.0;" for s in sums))
         streamed = [self.row[o] for o in unit.outputs if o in self.series and not self._is_read_again(o, rest)]
-        streamed += [address for s, address in given.items() if not self._is_read_again(s, rest)]
-        with self.lanes(read, sums, [self.row[o] for o in unit.outputs] + list(given.values()), streamed) as lane:
+        streamed += [address for s, address in series.items() if self._is_next(s) or not self._is_read_again(s, rest)]
+        with self.lanes(read, sums, [self.row[o] for o in unit.outputs] + list(series.values()), streamed) as lane:
             here = dict(lane.values)
             for placeholder, slot in operands.items():
                 if slot in read:
@@ -400,19 +407,21 @@ class _Writer:
                     emitter.values[placeholder] = Text(self._of_channel(slot), torch.float32)
             self.line(*emitter.statements(nodes, made))  # type: ignore[arg-type]
             here |= {slot: emitter.value(node, torch.float32) for slot, node in zip(unit.outputs, made, strict=True)}
-            stores = {**{slot: self.row[slot] for slot in unit.outputs}, **given}
-            self.line(*(f"{lane.targets[address]} = {here[slot]};" for slot, address in stores.items()))
+            stores = [*((slot, self.row[slot]) for slot in unit.outputs), *series.items()]
+            self.line(*(f"{lane.targets[address]} = {here[slot]};" for slot, address in stores))
             self.line(*(f"{s.partial} += {s.of(here)};" for s in sums))
-        for slot, address in given.items():
-            self.row[slot] = address
-            del self.made[slot]
+        for slot, address in series.items():
+            self.stored.add(slot)
+            if slot in self.made:
+                self.row[slot] = address
+                del self.made[slot]
 
     def _is_read_again(self, slot: int, rest: Sequence[Region | Call]) -> bool:
         """Soon, by a unit of this step or as a state of the next."""
         read = [
             i for u in rest for i in (u.inputs if isinstance(u, Region) else [a.index for a in u.args if isinstance(a, Slot)])
         ]
-        return slot in read or slot in [g.next for g in self.given if g.kind == "carry"]
+        return slot in read or self._is_next(slot)
 
     def _of_channel(self, slot: int) -> str:
         if slot not in self.channel:
@@ -532,7 +541,7 @@ class _Writer:
         for w in self.wanted:
             if w.kind == "sum":
                 self.line(f"{self.tensor['sum', w.slot]}_sum += {self._of_channel(w.slot)};")
-            elif w.kind == "series":
+            elif w.kind == "series" and w.slot not in self.stored:
                 self._store(w.slot, self._address(self.tensor["series", w.slot], w.slot, "t"))
 
     def _store(self, slot: int, address: str) -> None:
