@@ -11,10 +11,14 @@ from snn_compile.ir.values import example
 
 
 class Inliner(fx.Interpreter):
-    """Copies `graph` to where nodes are inserted in `gm`, in the place of `node`, with examples of the graph it goes into."""
+    """Copies `graph` to where nodes are inserted in `gm`, in the place of `node`, with examples of the graph it goes into.
 
-    def __init__(self, graph: fx.GraphModule, gm: fx.GraphModule, node: fx.Node) -> None:
+    What is copied counts as written where `node` was; `keeps_places`: where it was written itself.
+    """
+
+    def __init__(self, graph: fx.GraphModule, gm: fx.GraphModule, node: fx.Node, keeps_places: bool = False) -> None:
         super().__init__(graph)
+        self.keeps_places = keeps_places
         self.source, self.gm, self.node = graph.graph, gm, node
         self.copies: dict[fx.Node, Any] = {}
         self.attributes: dict[str, str] = {}
@@ -28,14 +32,17 @@ class Inliner(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> object:
         value = super().run_node(n)
-        if n.op in ("placeholder", "output"):
-            return value
+        if n.op not in ("placeholder", "output"):
+            self.copy(n, value)
+        return value
+
+    def copy(self, n: fx.Node, value: object) -> None:
         new = self.gm.graph.node_copy(n, self.copies.__getitem__)
         if n.op == "get_attr":
             new.target = self._attribute(str(n.target), value)
-        new.meta = {"example_value": value, "stack_trace": self.node.meta.get("stack_trace", "")}
+        place = (n.meta.get("stack_trace") if self.keeps_places else "") or self.node.meta.get("stack_trace", "")
+        new.meta = {"example_value": value, "stack_trace": place}
         self.copies[n] = new
-        return value
 
     def _attribute(self, name: str, value: object) -> str:
         """`value` as an attribute of the graph it goes into, once a call."""

@@ -44,6 +44,7 @@ from snn_compile.passes.grow_states import grow_states
 from snn_compile.passes.hoist import find_invariant, hoist
 from snn_compile.passes.hoist_creations import hoist_creations
 from snn_compile.passes.inline_detached import inline_detached
+from snn_compile.passes.inline_steps import inline_steps
 from snn_compile.passes.reroll import reroll
 from snn_compile.passes.roll_scan import roll_scans
 from snn_compile.passes.specialize import drop_unread_sizes, fold_sizes, name_allowed_functions, specialize_floats
@@ -73,6 +74,7 @@ COUNTERS = (
 
 #: The pipeline as a table of contents: (name, what it does).
 PASSES = (
+    ("inline_steps", "a step that was traced once, as a nested compile region, becomes the ops of every step"),
     ("specialize", "numbers that became symbolic without need are numbers again; checks of shapes leave no trace"),
     ("decompose", "an opaque neuron op becomes the plain loop registered for it"),
     ("inline_detached", "a surrogate whose gradient nobody asks for becomes what its forward computes"),
@@ -133,6 +135,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     report = Report()
     dump = _Dump(config.dump)
     dump(work, "0_dynamo")
+    inline_steps(work)
     specialize_floats(work)
     fold_sizes(work)
     drop_unread_sizes(work)
