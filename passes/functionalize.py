@@ -24,6 +24,7 @@ import torch
 from torch import fx
 
 from snn_compile.ir.values import example, flat_nodes, is_getitem, storage_key
+from snn_compile.passes.concatenations import normalize_concatenations
 
 #: Their names end like those of writes.
 OPERATORS_NAMED_LIKE_WRITES = {operator.and_, operator.or_, operator.not_}
@@ -54,7 +55,7 @@ def functionalize(gm: fx.GraphModule) -> fx.GraphModule:
     _gather_attributes(gm.graph)
     _detach_no_grad_regions(gm.graph)
     _replace_writes(gm.graph)
-    _stack_unsqueezed(gm.graph)
+    normalize_concatenations(gm.graph)
     return gm
 
 
@@ -286,42 +287,3 @@ def _forward_stored(node: fx.Node) -> bool:
             return False
         source = buffer  # type: ignore[assignment]
     return False
-
-
-# ---------------------------------------------------------------------------------------------------------------- cat
-
-
-def _stack_unsqueezed(graph: fx.Graph) -> None:
-    """``cat([a.unsqueeze(d), b.unsqueeze(d)], d) -> stack([a, b], d)``"""
-    for node in list(graph.nodes):
-        if node.target not in (torch.cat, torch.concat, torch.concatenate) or node.op != "call_function":
-            continue
-        tensors = node.args[0] if node.args else node.kwargs.get("tensors")
-        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
-        if not isinstance(tensors, (list, tuple)) or not isinstance(dim, int) or "out" in node.kwargs:
-            continue
-        whole = example(node)
-        if not isinstance(whole, torch.Tensor):
-            continue
-        dim = dim % whole.dim()
-        inner = [_unsqueezed(t, dim) for t in tensors]
-        if all(i is not None for i in inner):
-            with graph.inserting_before(node):
-                new = graph.call_function(torch.stack, (inner, dim))
-            new.meta = dict(node.meta)
-            node.replace_all_uses_with(new)
-            graph.erase_node(node)
-
-
-def _unsqueezed(node: object, dim: int) -> fx.Node | None:
-    """``a`` where ``node`` is ``a.unsqueeze(dim)`` (or ``a[None]``, for dim 0)."""
-    if not isinstance(node, fx.Node):
-        return None
-    if is_getitem(node) and node.args[1] in (None, (None,)) and dim == 0:
-        return node.args[0]  # type: ignore[return-value]
-    named = node.target == "unsqueeze" if node.op == "call_method" else node.target is torch.unsqueeze
-    at = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    value = example(node)
-    if named and isinstance(at, int) and isinstance(value, torch.Tensor) and at % value.dim() == dim:
-        return node.args[0]  # type: ignore[return-value]
-    return None

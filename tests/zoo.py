@@ -511,6 +511,25 @@ def concatenated(x):
 
 
 @case()
+def record_that_grows(x):
+    v, record = torch.zeros_like(x[0]), None
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        record = s.unsqueeze(0).clone() if record is None else torch.cat((record, s.unsqueeze(0)))
+    return record
+
+
+@case()
+def records_started_empty(x):
+    v, spikes, potentials = torch.zeros_like(x[0]), torch.empty(0, *x.shape[1:]), torch.tensor([])
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        spikes = torch.cat([spikes, s[None]], dim=0)
+        potentials = torch.cat([potentials, v.unsqueeze(0)], 0)
+    return spikes, potentials
+
+
+@case()
 def accumulated(x):
     v, acc = torch.zeros_like(x[0]), torch.zeros_like(x[0])
     for t in range(x.shape[0]):

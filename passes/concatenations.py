@@ -1,0 +1,89 @@
+"""Records that are concatenated become what a list of them would be.
+
+    r1 = cat([r0, a[None]]); r2 = cat([r1, b[None]])   ->   r2 = cat([r0, a[None], b[None]])      (a record that grows)
+    cat([empty(0, 5), a[None], b[None]])               ->   cat([a[None], b[None]])               (started empty)
+    cat([a[None], b[None]])                            ->   stack([a, b])
+
+A record that grows by a step is copied whole in every step, and is another tensor in each: no loop. Does not fire: a record that
+is read on the way, pieces of another dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from snn_compile.ir.values import example, is_getitem
+
+CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
+
+
+def normalize_concatenations(graph: fx.Graph) -> None:
+    """Rewrite `graph` (torch-level, with examples) in place."""
+    for node in list(graph.nodes):
+        if (found := _pieces(node)) is not None:
+            given, dim = found
+            pieces = [p for piece in given for p in _flat(piece, dim, node)]
+            pieces = [p for p in pieces if not _is_empty(p, dim, node)] or pieces
+            if pieces != given:
+                _replace(graph, node, torch.cat, pieces, dim)
+    for node in list(graph.nodes):
+        if (found := _pieces(node)) is not None:
+            inner = [_unsqueezed(p, found[1]) for p in found[0]]
+            if all(i is not None for i in inner):
+                _replace(graph, node, torch.stack, inner, found[1])
+
+
+def _pieces(node: fx.Node) -> tuple[list[fx.Node], int] | None:
+    """What a concatenation puts together, and along which dim."""
+    whole = example(node)
+    if node.op != "call_function" or node.target not in CONCATENATIONS or not isinstance(whole, torch.Tensor):
+        return None
+    tensors = node.args[0] if node.args else node.kwargs.get("tensors")
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+    if not isinstance(tensors, (list, tuple)) or not isinstance(dim, int) or "out" in node.kwargs:
+        return None
+    return list(tensors), dim % whole.dim()
+
+
+def _flat(piece: fx.Node, dim: int, whole: fx.Node) -> list[fx.Node]:
+    found = _pieces(piece)
+    if found is None or found[1] != dim or set(piece.users) != {whole} or example(piece).dtype != example(whole).dtype:
+        return [piece]
+    return found[0]
+
+
+def _is_empty(piece: fx.Node, dim: int, whole: fx.Node) -> bool:
+    """Nothing along `dim`; `tensor([])` goes with tensors of any shape."""
+    value = example(piece)
+    return value.shape[0 if value.dim() == 1 else dim] == 0 and value.dtype == example(whole).dtype
+
+
+def _replace(graph: fx.Graph, node: fx.Node, target: object, pieces: Sequence[object], dim: int) -> None:
+    with graph.inserting_before(node):
+        new = graph.call_function(target, (list(pieces), dim))  # type: ignore[arg-type]
+    new.meta = dict(node.meta)
+    inner = [n for n in node.all_input_nodes if n not in new.all_input_nodes]
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    for old in inner:
+        if not old.users and old.target in CONCATENATIONS:
+            graph.erase_node(old)
+
+
+def _unsqueezed(node: object, dim: int) -> fx.Node | None:
+    """``a`` where ``node`` is ``a.unsqueeze(dim)`` (or ``a[None]``, for dim 0), or a clone of that for this use alone."""
+    if not isinstance(node, fx.Node):
+        return None
+    if node.target in ("clone", torch.clone) and len(node.users) == 1:
+        return _unsqueezed(node.args[0], dim)
+    if is_getitem(node) and node.args[1] in (None, (None,)) and dim == 0:
+        return node.args[0]  # type: ignore[return-value]
+    named = node.target == "unsqueeze" if node.op == "call_method" else node.target is torch.unsqueeze
+    at = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    value = example(node)
+    if named and isinstance(at, int) and isinstance(value, torch.Tensor) and at % value.dim() == dim:
+        return node.args[0]  # type: ignore[return-value]
+    return None
