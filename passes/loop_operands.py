@@ -95,9 +95,11 @@ def unbound_source(source: object) -> tuple[object, object, int | None]:
     return source, example(source), None
 
 
-def stackable(column: list[object]) -> StackedValues | None:
+def stackable(column: list[object], may_be_given: bool = False) -> StackedValues | None:
+    """Values computed before the loop; `may_be_given`: inputs and parameters, too."""
     values = [example(c) for c in column]
-    if not all(isinstance(c, fx.Node) and c.op in ("call_function", "call_method") for c in column):
+    kinds = ("call_function", "call_method", "placeholder", "get_attr") if may_be_given else ("call_function", "call_method")
+    if not all(isinstance(c, fx.Node) and c.op in kinds for c in column):
         return None
     if not all(isinstance(v, torch.Tensor) for v in values):
         return None

@@ -204,7 +204,7 @@ class LoopPlan:
         key = tuple(id(c) for c in column)
         if key in self._series:
             return self._series[key]
-        source = slices_of_one(column) or stackable(column)
+        source = slices_of_one(column) or stackable(column, self._may_stack_given(column[0], self.node(residue, self.template)))
         if source is None:
             node = self.node(residue, self.template)
             raise Reject(
@@ -214,6 +214,16 @@ class LoopPlan:
             )
         value = self._series[key] = self._input(source, wanting_grad(*_first_and_rest(column)), base_name(column[0].name))  # type: ignore[union-attr]
         return value
+
+    def _may_stack_given(self, first: object, reader: fx.Node) -> bool:
+        """Parameters of its own in every step: of a loop over time, which reads ``x[t]``, and none larger than what is computed.
+
+        (Layers of a deep network look alike, too.)
+        """
+        reads_time = any(c.kind == "series" and c.step for row in self.run.columns for c in row)
+        value, result = example(first), example(reader)
+        sizes = [v.numel() if isinstance(v, torch.Tensor) else None for v in (value, result)]
+        return reads_time and all(isinstance(n, int) for n in sizes) and sizes[0] <= sizes[1]  # type: ignore[operator]
 
     def _input(self, source: object, value: object, name: str) -> fx.Node:
         reverse = isinstance(source, TimeSlices) and source.step < 0

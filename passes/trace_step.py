@@ -206,7 +206,15 @@ def decomposed_graph(  # type: ignore[no-untyped-def]
 
 @functools.cache
 def core_decompositions() -> dict:  # type: ignore[type-arg]
-    return {**core_aten_decompositions(), aten.div.Tensor_mode: _truncating_div}
+    ours = {aten.div.Tensor_mode: _truncating_div, aten.masked_fill.Scalar: _masked_fill, aten.masked_fill.Tensor: _masked_fill}
+    return {**core_aten_decompositions(), **ours}
+
+
+def _masked_fill(x: torch.Tensor, mask: torch.Tensor, value: float | torch.Tensor) -> torch.Tensor:
+    """``masked_fill(x, mask, value) -> where(mask, value, x)``, which is of x's dtype and shape only if the mask is no larger."""
+    if torch.broadcast_shapes(x.shape, mask.shape) != x.shape:
+        return NotImplemented
+    return torch.where(mask, torch.full_like(x, value) if not isinstance(value, torch.Tensor) else value.to(x.dtype), x)
 
 
 def _truncating_div(a: torch.Tensor, b: torch.Tensor, *, rounding_mode: str | None) -> torch.Tensor:
@@ -222,7 +230,7 @@ def make_graph(function, operands, decompositions) -> fx.GraphModule:  # type: i
     except RuntimeError as error:
         raise Reject(f"autograd cannot differentiate one step alone: {str(error).splitlines()[0]}") from error
     if any(_writes(n) for n in gm.graph.nodes):
-        gm = _without_writes(gm, operands)
+        gm = _without_writes(gm, operands, decompositions)
     simplify(gm)
     return gm
 
@@ -231,12 +239,13 @@ def _writes(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _without_writes(gm: fx.GraphModule, operands: Sequence[torch.Tensor]) -> fx.GraphModule:
+def _without_writes(gm: fx.GraphModule, operands: Sequence[torch.Tensor], decompositions: dict) -> fx.GraphModule:  # type: ignore[type-arg]
     """``u = 1 + x; u.pow_(2)  ->  u = 1 + x; v = u.pow(2)``: a surrogate's backward, or autograd, may write into its temporaries.
 
     This is PyTorch's own functionalization, over a graph that autograd is no longer part of.
     """
-    new = make_fx(torch.func.functionalize(_UnwrappingInterpreter(gm).run, remove="mutations"))(*operands)
+    function = torch.func.functionalize(_UnwrappingInterpreter(gm).run, remove="mutations")
+    new = make_fx(function, decomposition_table=decompositions)(*operands)
     if any(_writes(n) for n in new.graph.nodes):
         raise Reject("the step writes into one of its operands")
     return new

@@ -43,6 +43,7 @@ from snn_compile.passes.fuse_producers import fuse_producers
 from snn_compile.passes.grow_states import grow_states
 from snn_compile.passes.hoist import find_invariant, hoist
 from snn_compile.passes.hoist_creations import hoist_creations
+from snn_compile.passes.index_steps import index_steps
 from snn_compile.passes.inline_detached import inline_detached
 from snn_compile.passes.inline_steps import inline_steps
 from snn_compile.passes.reroll import reroll
@@ -78,7 +79,9 @@ PASSES = (
     ("specialize", "numbers that became symbolic without need are numbers again; checks of shapes leave no trace"),
     ("decompose", "an opaque neuron op becomes the plain loop registered for it"),
     ("inline_detached", "a surrogate whose gradient nobody asks for becomes what its forward computes"),
+    ("index_steps", "a slice of one step, x[t:t+1], becomes that step"),
     ("functionalize", "writes into loop-local tensors become values"),
+    ("concatenations", "a record that grows by `torch.cat` becomes one concatenation, or a stack"),
     ("hoist_creations", "constant tensors are made once, before everything else"),
     ("roll_scan", "a `torch._higher_order_ops.scan` becomes one Loop"),
     ("reroll", "T equal iterations become one Loop"),
@@ -144,6 +147,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     report.rejections += refused
     counters["snn_compile"]["ops_decomposed"] += decomposed
     inline_detached(work)
+    index_steps(work)
     functionalize(work)
     hoist_creations(work)
     dump(work, "1_functionalize")

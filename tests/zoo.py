@@ -511,6 +511,42 @@ def concatenated(x):
 
 
 @case()
+def steps_as_slices(x):
+    v, out = torch.zeros_like(x[:1]), []
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t : t + 1])
+        out.append(s)
+    return torch.cat(out)
+
+
+@case(inputs=lambda steps: [randn(3, steps, 4) * 2])
+def steps_as_slices_batch_first(x):
+    v, out = torch.zeros_like(x[:, :1]), []
+    for t in range(x.shape[1]):
+        v, s = _step(v, x[:, t : t + 1])
+        out.append(s)
+    return torch.cat(out, dim=1)
+
+
+@case()
+def running_maximum(x):
+    v, highest = torch.zeros_like(x[0]), torch.full_like(x[0], -1.0)
+    for t in range(x.shape[0]):
+        v, _ = _step(v, x[t])
+        highest = torch.maximum(highest, v)
+    return highest
+
+
+@case(inputs=lambda steps: [randn(steps, 4, 5) * 2, *(torch.rand(5) + 0.3 for _ in range(steps))])
+def parameters_of_its_own_in_every_step(x, *weights):
+    v, out = torch.zeros_like(x[0]), []
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t] * weights[t])
+        out.append(s)
+    return torch.stack(out)
+
+
+@case()
 def record_that_grows(x):
     v, record = torch.zeros_like(x[0]), None
     for t in range(x.shape[0]):
