@@ -192,8 +192,8 @@ def result_specs(r: SteppedRecurrence, steps: int) -> list[tuple[tuple[int, ...]
 
 def run_stepped(r: SteppedRecurrence, target: Target, operands: Sequence[Tensor], steps: int) -> list[Tensor]:
     """``operands -> ys, finals, history, residuals``; `history` holds the states *after* each step."""
-    inits, xs, consts = r.split(operands)
-    inits = _whole_states(r, inits)  # type: ignore[assignment]
+    numbers, xs, consts = r.split(operands)
+    inits: list[Tensor] = _whole_states(r, numbers)  # type: ignore[assignment]
     runner = _prepared(r, r.forward, target, "forward", operands)
     device = operands[0].device
     out: list[int] = r.forward.outputs  # type: ignore[assignment]  # (none is None: only a gradient may be zero)

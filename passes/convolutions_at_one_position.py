@@ -70,8 +70,8 @@ def _all_are(value: int, numbers: object) -> bool:
     return all(n == value for n in (numbers if isinstance(numbers, (tuple, list)) else (numbers,)))
 
 
-def _product(x: fx.Proxy, weight: fx.Proxy, bias: fx.Proxy | None, sizes: tuple[tuple[int, ...], ...], groups: int) -> fx.Proxy:
-    """``[B, G*I, *K], [G*O, I, *K] -> [B, G*O, 1, ...]``"""
+def _product(x: Any, weight: Any, bias: Any, sizes: tuple[tuple[int, ...], ...], groups: int) -> Any:
+    """``[B, G*I, *K], [G*O, I, *K] -> [B, G*O, 1, ...]``, of proxies."""
     (batch, *_), (channels, *kernel) = sizes
     result = (batch, channels, *(1,) * (len(kernel) - 1))
     if groups == 1:

@@ -55,6 +55,7 @@ def functionalize(gm: fx.GraphModule) -> fx.GraphModule:
     _gather_attributes(gm.graph)
     _detach_no_grad_regions(gm.graph)
     _replace_writes(gm.graph)
+    _drop_overwritten(gm.graph)
     normalize_concatenations(gm.graph)
     return gm
 
@@ -170,6 +171,18 @@ def _replace_writes(graph: fx.Graph) -> None:
         order[new] = order[node]
         node.replace_all_uses_with(new)
         graph.erase_node(node)
+
+
+def _drop_overwritten(graph: fx.Graph) -> None:
+    """``store(store(b, t, a), t, s) -> store(b, t, s)``: what was read back in between has been forwarded."""
+    for node in graph.nodes:
+        if node.target is not store:
+            continue
+        buffer = node.args[0]
+        while buffer.target is store and buffer.args[1] == node.args[1] and set(buffer.users) == {node}:
+            node.update_arg(0, buffer.args[0])
+            graph.erase_node(buffer)
+            buffer = node.args[0]
 
 
 def _requires_grad(node: fx.Node, target: fx.Node) -> bool:

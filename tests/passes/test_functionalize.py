@@ -101,3 +101,29 @@ def test_near_misses_keep_their_meaning():
     captured = capture(near_miss_write_into_the_input, x().detach())
     captured.check(functionalize)
     assert store not in captured.targets(), "the caller's tensor must change"
+
+
+def test_a_value_that_is_written_over_is_dropped():
+    def f(x):
+        v = torch.zeros(x.shape[0] + 1, *x.shape[1:])
+        for t in range(x.shape[0]):
+            v[t + 1] = v[t] * 0.5 + x[t]
+            v[t + 1] = v[t + 1] * (v[t + 1] < 1)
+        return v
+
+    captured = capture(f, x(5, 3).detach())
+    captured.check(functionalize)
+    assert sum(n.target is store for n in captured.gm.graph.nodes) == 5
+
+
+def test_a_value_that_is_read_before_it_is_written_over_stays():
+    def f(x):
+        v = torch.zeros_like(x)
+        v[0] = x[0]
+        copy = v * 2
+        v[0] = x[1]
+        return v, copy
+
+    captured = capture(f, x(5, 3).detach())
+    captured.check(functionalize)
+    assert sum(n.target is store for n in captured.gm.graph.nodes) == 2
