@@ -55,6 +55,9 @@ log = logging.getLogger("snn_compile")
 #: ``TORCH_LOGS=output_code`` shows the kernels beside Inductor's own output
 kernel_log = getArtifactLogger("torch._inductor.snn_compile", "output_code")
 
+#: Fewer ops than this, in all steps of a loop, are no neuron: a sum of two losses, two residuals.
+FEWEST_OPS = 4
+
 #: Everything `counters["snn_compile"]` counts.
 COUNTERS = (
     "ops_decomposed",
@@ -239,7 +242,12 @@ def _why_not(loop: Loop, config: Config) -> Rejection | None:
     """A loop is rerolled where at least one recurrence in it can become a kernel."""
     infos = classify(loop, is_pointwise_op)
     groups = find_groups(loop, infos, ignore=find_invariant(loop, infos))
-    if any(g.is_kernel for g in groups):
+    kernels = [g for g in groups if g.is_kernel]
+    count = loop.length * sum(len(g.nodes) for g in kernels)
+    if kernels and count < FEWEST_OPS:
+        reason = f"{loop.length} steps of {count // loop.length} ops: Inductor fuses them as they are"
+        return Rejection(reason, loop.name, loop.location)
+    if kernels:
         return _why_growing(loop, groups)
     is_long = loop.length >= config.step_from
 

@@ -123,6 +123,22 @@ def test_branch_on_data_is_a_graph_break() -> None:
     assert "Graph breaks" in str(found)
 
 
+def test_a_sum_of_two_is_no_loop(monkeypatch) -> None:
+    """Two residuals, two losses: Inductor fuses them; as a loop, each would be copied into a series first."""
+
+    def f(x):
+        a, b = x[0].exp(), x[1].exp()
+        h = x[2] * 2
+        h = h + a
+        return h + b
+
+    found = snn_compile.explain(f)(torch.randn(4, 3))
+    assert not found.loops and any("2 steps of 1 ops" in r.reason for r in found.rejections)
+    monkeypatch.setattr("snn_compile.pipeline.FEWEST_OPS", 0)
+    torch._dynamo.reset()
+    assert len(snn_compile.explain(f)(torch.randn(4, 3)).loops) == 1
+
+
 def test_no_loop_says_what_is_expected() -> None:
     text = str(snn_compile.explain(lambda x: x * 2 + 1)(torch.randn(3)))
     assert "no time loop was compiled" in text and "for t in range" in text
