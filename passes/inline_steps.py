@@ -31,7 +31,9 @@ def inline_steps(gm: fx.GraphModule) -> int:
     calls = {
         node: frozenset(a for a in node.args[2:] if isinstance(a, fx.Node) and a.op in ("placeholder", "get_attr"))
         for node in gm.graph.nodes
-        if getattr(node.target, "_name", "") == "invoke_subgraph" and all(map(is_getitem, node.users))
+        if isinstance(node.target, torch._ops.HigherOrderOperator)
+        and node.target.name() == "invoke_subgraph"
+        and all(map(is_getitem, node.users))
     }
     # (the first step may read a state that the caller gave, and may be a region of its own: its states want no gradient yet)
     parameters = [given for given, count in Counter(calls.values()).items() if count > 1]
