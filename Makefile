@@ -1,7 +1,8 @@
 # One command each. Everything runs in .venv, which the first command makes: PYTHON=python3.12 make test picks the interpreter.
-# PYTEST_ARGS go to pytest: make test PYTEST_ARGS="-k reroll -x".
+# PYTEST_ARGS go to pytest: make test PYTEST_ARGS="-k reroll -x". WORKERS: how many processes share the tests; 0 shows them as they run.
 PYTHON ?= python3
 PYTEST_ARGS ?=
+WORKERS ?= auto
 # The libraries whose models are compiled and compared with, and what their imports need; without their own dependencies, among
 # which are torchvision and a driver for neuromorphic chips.
 PEERS := spikingjelly==2.0.0 snntorch==1.0.0 norse==1.1.0 sinabs==3.1.3 nir nirtorch pbr h5py loguru
@@ -43,11 +44,14 @@ setup: .venv/.stamp
 demo: setup
 	@$(PY) examples/train_digits.py
 
+# (a group stays in one process: tests/packaging builds its wheel once)
+PYTEST := $(PY) -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadgroup
+
 test: setup lint types
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PYTEST) $(PYTEST_ARGS)
 
 check: setup lint types
-	@$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+	@$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 lint: setup
 	@$(PY) -m ruff check .
@@ -56,7 +60,7 @@ lint: setup
 types: setup
 	@$(PY) -m mypy
 
-accept: setup
+accept: setup # (in one process: two must not rewrite one file)
 	@EXPECTTEST_ACCEPT=1 $(PY) -m pytest $(PYTEST_ARGS)
 
 bench: setup
