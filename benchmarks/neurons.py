@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import importlib.util
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from snn_compile import neuron
 from snn_compile.backend import snn
+from snn_compile.compat import prepare
 
 ROUNDS = 7
 
@@ -41,7 +43,47 @@ class Row:
         return f"{self.neuron} T={self.steps} N={self.lanes}{'' if self.training else ' inference'}{dtype}"
 
 
+class Steps(nn.Module):
+    """A neuron of another library, which takes one step and its state, in a loop."""
+
+    def __init__(self, cell: nn.Module, start: Callable[[], Tensor | None] = lambda: None) -> None:
+        super().__init__()
+        self.cell, self.start = cell, start
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, spikes = self.start(), []
+        for current in x.unbind(0):
+            spike, state = self.cell(current, state)
+            spikes.append(spike)
+        return torch.stack(spikes)
+
+    def reset(self) -> None:
+        """Every call begins anew."""
+
+
+def leaky() -> nn.Module:
+    import snntorch
+
+    cell = snntorch.Leaky(beta=0.9)
+    return Steps(cell, cell.init_leaky)
+
+
+def lif_cell() -> nn.Module:
+    import norse.torch
+
+    return prepare(Steps(norse.torch.LIFBoxCell()))
+
+
+#: Neurons of other libraries; `snn` runs them as they are (Norse's prepared), beside Inductor.
+OTHERS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+    "snnTorch Leaky": ("snntorch", leaky),
+    "Norse LIFBoxCell": ("norse", lif_cell),
+}
+
+
 def make(name: str, library=neuron) -> nn.Module:  # type: ignore[no-untyped-def]
+    if name in OTHERS:
+        return OTHERS[name][1]()
     arguments = {"EIFNode": {"delta_T": 1.0, "theta_rh": 0.8}}.get(name, {})
     node: nn.Module = getattr(library, name)(**arguments)
     node.step_mode = "m"
@@ -55,6 +97,7 @@ ROWS = (
     Row("LIFNode", 64, 65536, training=False),
     Row("LIFNode", 64, 65536, dtype=torch.bfloat16),
     *(Row(name, 64, 65536) for name in ("ParametricLIFNode", "CUBALIFNode", "ALIFNode", "EIFNode")),
+    *(Row(name, 64, 65536) for name in OTHERS),
 )
 #: cheap, one of each kind
 CHECKED = (
@@ -159,7 +202,9 @@ def main() -> None:
     if args.check:
         check()
     rows = []
-    for row in (r for r in ROWS if not args.names or any(n in r.name for n in args.names)):
+    missing = {name for name, (library, _) in OTHERS.items() if importlib.util.find_spec(library) is None}
+    wanted = [r for r in ROWS if not args.names or any(n in r.name for n in args.names)]
+    for row in (r for r in wanted if r.neuron not in missing):
         rows += measure(row)
         print(h.markdown(rows[-5:] if len(rows) > 5 else rows, COLUMNS), flush=True)
     if not args.names:

@@ -54,8 +54,8 @@ def curves() -> str:
 
 
 def document() -> str:
-    names = ("first_call", "networks_cpu", "stepped_cpu", "neurons_cpu", "memory_cpu")
-    first, networks, stepped, neurons, memory = map(read, names)
+    names = ("first_call", "networks_cpu", "stepped_cpu", "open_neuromorphic_cpu", "neurons_cpu", "memory_cpu")
+    first, networks, stepped, layer, neurons, memory = map(read, names)
     columns = ["framework", "first_call_s", "step_ms", "speed_vs_eager"]
     return f"""# Benchmarks
 
@@ -90,6 +90,13 @@ the copy stays in the cache, which arithmetic cannot keep up with.
 Recurrent layers with `step_from=4`. Inductor is left out where its compilation takes very long.
 
 {markdown(stepped, ["recurrence", *columns])}
+
+## Open Neuromorphic's layer
+
+Linear(N, N) and LIF neurons, B=16, T=500, a training step, every framework with its own neuron and its own surrogate
+(`benchmarks/open_neuromorphic.py`); Spyx is compiled by XLA. The three products of matrices are the same work in all of them.
+
+{markdown(layer, ["N", "framework", "first_call_s", "median_ms", "snn_is_faster_by"])}
 
 ## Training curves
 
