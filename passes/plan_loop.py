@@ -207,11 +207,12 @@ class LoopPlan:
         source = slices_of_one(column) or stackable(column, self._may_stack_given(column[0], self.node(residue, self.template)))
         if source is None:
             node = self.node(residue, self.template)
-            raise Reject(
-                f"operand {slot} of '{user_line(node) or node.name}' is another tensor in every step",
-                node=node,
-                location=user_location(node),
-            )
+            what = f"'{user_line(node) or node.name}'"
+            if all(isinstance(c, fx.Node) and isinstance(example(c), torch.nn.Parameter) for c in column):
+                reason = f"{what} has weights of its own every time: layers, one after another, rather than steps"
+            else:
+                reason = f"operand {slot} of {what} is another tensor in every step"
+            raise Reject(reason, node=node, location=user_location(node))
         value = self._series[key] = self._input(source, wanting_grad(*_first_and_rest(column)), base_name(column[0].name))  # type: ignore[union-attr]
         return value
 

@@ -62,6 +62,12 @@ def test_two_layers_have_two_recurrences_and_no_noise() -> None:
     assert len(found.verbose()) >= len(str(found))
 
 
+def test_layers_one_after_another_are_no_steps() -> None:
+    net = torch.nn.Sequential(*(m for _ in range(6) for m in (torch.nn.Linear(5, 5), torch.nn.Tanh())))
+    text = str(snn_compile.explain(net)(torch.randn(3, 5)))
+    assert "weights of its own every time: layers, one after another" in text and "to change" not in text
+
+
 def numbers_that_change(x):
     v, out = torch.zeros_like(x[0]), []
     for t in range(len(x)):
