@@ -62,12 +62,12 @@ class StepLoop:
         #: slot, and where its value lies in a piece of temporary memory; bytes of a piece, and their number
         self._temporary, self._piece, self._pieces = step.temporary, step.piece, step.pieces
 
-    def run(self, values: Values, states: Sequence[Tensor], steps: Steps) -> list[Tensor]:
-        """``states before the first of the steps -> states after the last one``"""
+    def run(self, values: Values, states: Sequence[Tensor], steps: Steps, order: range) -> list[Tensor]:
+        """``states before the steps of `order` -> states after them``"""
         torch_ = interpreter.torch_functions()
         assert torch_ is not None
         memory = cpp.allocate_scratch(max(1, self._piece * self._pieces))
-        places = self._places(values, steps, memory.data_ptr())
+        places = self._places(values, steps, order, memory.data_ptr())
         given = {slot: state for (slot, _), state in zip(steps.carried, states, strict=True)}
         at = (ctypes.c_void_p * self._slots)()
         for slot, state in given.items():
@@ -75,7 +75,7 @@ class StepLoop:
         for slot, _ in self._moved:
             places[slot] = interpreter.Place()
             at[slot] = given[slot].data_ptr()
-        code, count = self._code, len(steps.order)
+        code, count = self._code, len(order)
         run_steps = interpreter.load().run_steps
         if not run_steps(torch_.table, code, len(code), places, at, self._slots, self._carried, len(self._moved), count):
             raise RuntimeError("a matrix product of a time step failed; torch has said why on stderr")
@@ -84,14 +84,14 @@ class StepLoop:
             ctypes.memmove(kept.data_ptr(), at[slot] or 0, kept.untyped_storage().nbytes())
         return list(given.values())
 
-    def _places(self, values: Values, steps: Steps, memory: int) -> ctypes.Array[interpreter.Place]:
+    def _places(self, values: Values, steps: Steps, order: range, memory: int) -> ctypes.Array[interpreter.Place]:
         places = (interpreter.Place * self._slots)()
         for slot, value in enumerate(values):
             if isinstance(value, Tensor):
                 places[slot] = interpreter.Place(value.data_ptr(), 0, 1)
         series = [*steps.streams, *steps.places.direct.items()]
         series += [(len(values) + i, views) for i, (_, views) in enumerate(steps.places.copied)]
-        first, last, count = steps.order[0], steps.order[-1], len(steps.order)
+        first, last, count = order[0], order[-1], len(order)
         for slot, views in series:
             start, end = views[first].data_ptr(), views[last].data_ptr()
             places[slot] = interpreter.Place(start, (end - start) // max(1, count - 1), count)

@@ -8,7 +8,7 @@ and the last one run in C++ where `lowering/step_loop` can.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from snn_compile.ir.stepped import Call, Program, Region, Slot
 from snn_compile.lowering.by_channel import runs_by_channel
 from snn_compile.lowering.launch import BoundKernel, ResultSpec, Target
 from snn_compile.lowering.layout import place
+from snn_compile.lowering.series import Series
 from snn_compile.lowering.step_loop import StepLoop, step_loop
 
 #: Values by slot.
@@ -32,9 +33,9 @@ class Places:
     What no unit writes where it is told to - an operand, a value of the prologue, a view - is copied, too.
     """
 
-    def __init__(self, wanted: Iterable[tuple[int, Sequence[Tensor]]], written: set[int]) -> None:
-        self.direct: dict[int, Sequence[Tensor]] = {}
-        self.copied: list[tuple[int, Sequence[Tensor]]] = []
+    def __init__(self, wanted: Iterable[tuple[int, Series]], written: set[int]) -> None:
+        self.direct: dict[int, Series] = {}
+        self.copied: list[tuple[int, Series]] = []
         for slot, views in wanted:
             if slot in self.direct or slot not in written:
                 self.copied.append((slot, views))
@@ -54,7 +55,7 @@ class Steps:
     """One run over time, by slot: what each step is fed, where its results go, which states it hands on."""
 
     order: range
-    streams: Sequence[tuple[int, Sequence[Tensor]]]
+    streams: Sequence[tuple[int, Series]]
     places: Places
     #: slots of a state before and after a step; None: it is zero after each step
     carried: Sequence[tuple[int, int | None]]
@@ -93,7 +94,7 @@ class StepRunner:
             if done == 2 and inner and not self.tried_loop:
                 self.loop, self.tried_loop = step_loop(self, values, steps), True
             if done and inner and self.loop is not None:
-                states = self.loop.run(values, states, replace(steps, order=inner))
+                states = self.loop.run(values, states, steps, inner)
                 done += len(inner)
             states = self._step(values, states, steps, steps.order[done], done == 0)
             done += 1

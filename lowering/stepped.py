@@ -14,6 +14,7 @@ from snn_compile.ir.stepped import Program, Reduced, SteppedRecurrence
 from snn_compile.lowering.by_channel import backward_by_channel, forward_by_channel
 from snn_compile.lowering.launch import MOST_LAUNCHES, Target
 from snn_compile.lowering.result_memory import allocate
+from snn_compile.lowering.series import Before, Constant, Series, Slices
 from snn_compile.lowering.step_runner import Places, StepRunner, Steps, zero
 
 # ------------------------------------------------------------------------------------------------------------- forward
@@ -55,8 +56,8 @@ def run_stepped(r: SteppedRecurrence, target: Target, operands: Sequence[Tensor]
     if runner.by_channel:
         finals = forward_by_channel(r, inits, xs, values, list(zip(wanted, kept, reverse, strict=True)), steps)
     if finals is None:
-        series = [_steps_of(x, spec.reverse) for x, spec in zip(xs, r.xs, strict=True)]
-        views = [_steps_of(k, back) for k, back in zip(kept, reverse, strict=True)]
+        series = [Slices(x, spec.reverse) for x, spec in zip(xs, r.xs, strict=True)]
+        views = [Slices(k, back) for k, back in zip(kept, reverse, strict=True)]
         places = Places(zip(wanted, views, strict=True), runner.written)
         plan = Steps(range(steps), list(enumerate(series, n)), places, list(enumerate(out[:n])))
         carries = runner.run(values, inits, plan)
@@ -75,10 +76,6 @@ def kept_for_backward(r: SteppedRecurrence, results: Sequence[Tensor]) -> list[T
     """``ys, finals, history, residuals -> history, residuals``, with those that are outputs in their place."""
     rest = iter(results[len(r.ys) + len(r.finals) :])
     return [*(next(rest) if y is None else results[y] for y in r.shared), *rest]
-
-
-def _steps_of(x: Tensor, reverse: bool) -> Sequence[Tensor]:
-    return x.unbind(0)[::-1] if reverse else x.unbind(0)
 
 
 def device_of(tensors: Sequence[Tensor | None]) -> torch.device:
@@ -137,12 +134,12 @@ def run_stepped_backward(
         if gradients is not None:
             return gradients
     # (the step that sees the initial state is not the first one here: the state must lie in memory like those after it)
-    before = [(i, [inits[i].contiguous(), *k.unbind(0)[:-1]]) for i, k in zip(r.history, kept, strict=False)]  # type: ignore[union-attr]
+    before = [(i, Before(inits[i].contiguous(), k)) for i, k in zip(r.history, kept, strict=False)]  # type: ignore[union-attr]
     given = [(n + j, x, spec) for j, (x, spec) in enumerate(zip(xs, r.xs, strict=True)) if x is not None]
-    streams: list[tuple[int, Sequence[Tensor]]] = [(slot, _steps_of(x, spec.reverse)) for slot, x, spec in given]
+    streams: list[tuple[int, Series]] = [(slot, Slices(x, spec.reverse)) for slot, x, spec in given]
     streams += before
-    streams += [(n_ops + j, k.unbind(0)) for j, k in enumerate(kept[len(r.history) :])]
-    ct_ys = _cotangents_of_steps(r, device_of(operands), whole_ys, steps)
+    streams += [(n_ops + j, Slices(k)) for j, k in enumerate(kept[len(r.history) :])]
+    ct_ys = _cotangents_of_steps(r, device_of(operands), whole_ys)
     first_ct = n_ops + r.n_residuals
     n_ct = len(ct_carries)
     streams += [(first_ct + n_ct + j, s) for j, s in enumerate(ct_ys)]
@@ -169,14 +166,12 @@ def _cotangents(r: SteppedRecurrence, device: torch.device, cotangents: Sequence
     return carries, [None if ct is None else ct.movedim(y.time_dim, 0) for ct, y in pairs]
 
 
-def _cotangents_of_steps(
-    r: SteppedRecurrence, device: torch.device, whole: Sequence[Tensor | None], steps: int
-) -> list[Sequence[Tensor]]:
+def _cotangents_of_steps(r: SteppedRecurrence, device: torch.device, whole: Sequence[Tensor | None]) -> list[Series]:
     """The cotangents of the outputs, time first, as one a step; an absent one is zero, without memory."""
     n = len(r.carries)
     specs = [spec for spec, y in zip(r.results[n : n + len(r.ys)], r.ys, strict=True) if y.differentiable]
     return [
-        [zero(*spec, device)] * steps if ct is None else _steps_of(ct, y.reverse)
+        Constant(zero(*spec, device)) if ct is None else Slices(ct, y.reverse)
         for spec, ct, y in zip(specs, whole, r.differentiable_ys, strict=True)
     ]
 
@@ -190,17 +185,19 @@ class _Gradients:
         _, xs, self.consts = r.split(operands)
         wanted = [(x, spec) for x, spec in zip(xs, r.xs, strict=True) if spec.needs_grad]
         slots = outputs[: len(wanted)]
-        new = torch.zeros if None in slots else torch.empty  # (no gradient of a step: zero)
         device = device_of(operands)
-        self.whole = [new(x.shape, dtype=x.dtype, device=device) for x, _ in wanted]
+        self.whole = [allocate(x.shape, x.dtype, device) for x, _ in wanted]
+        for slot, gradient in zip(slots, self.whole, strict=True):
+            if slot is None:  # no gradient of a step
+                gradient.zero_()
         # what is multiplied or summed over all steps at the end; the gradient of an input may be just that
         given = zip(slots, self.whole, wanted, strict=True)
         self.series: dict[int, Tensor] = {slot: g for slot, g, (_, spec) in given if slot is not None and not spec.reverse}
         rest = [slot for slot in r.rows if slot not in self.series and slot not in streams]
-        made = {slot: torch.empty((steps, *r.rows[slot][0]), dtype=r.rows[slot][1], device=device) for slot in rest}
+        made = {slot: allocate((steps, *r.rows[slot][0]), r.rows[slot][1], device) for slot in rest}
         self.series |= made
-        places = [(s, _steps_of(g, x.reverse)) for s, g, (_, x) in zip(slots, self.whole, wanted, strict=True) if s is not None]
-        self.places = Places([*places, *((slot, g.unbind(0)) for slot, g in made.items())], written)
+        places = [(s, Slices(g, x.reverse)) for s, g, (_, x) in zip(slots, self.whole, wanted, strict=True) if s is not None]
+        self.places = Places([*places, *((slot, Slices(g)) for slot, g in made.items())], written)
         self.summed = [way.a for way in r.reduced if way is not None and way.kind == "sum"]
         self.sums: list[Tensor] = []
 
@@ -225,4 +222,8 @@ class _Gradients:
 
     def _rows(self, slot: int) -> Tensor:
         """The rows of all steps, as one matrix."""
-        return self.series[slot].flatten(0, 1) if slot in self.series else torch.cat(list(self.streams[slot]))
+        return (
+            self.series[slot].flatten(0, 1)
+            if slot in self.series
+            else torch.cat([self.streams[slot][t] for t in range(self.steps)])
+        )
