@@ -16,6 +16,10 @@ class Series(Protocol):
     def __getitem__(self, t: int) -> Tensor: ...
 
 
+#: bytes: where PyTorch's allocator puts a new CPU tensor
+ALIGNMENT = 64
+
+
 class Slices(Series):
     """``tensor[t]``, back to front where `reverse`."""
 
@@ -24,6 +28,11 @@ class Slices(Series):
 
     def __getitem__(self, t: int) -> Tensor:
         return self.tensor.select(0, self.tensor.shape[0] - 1 - t if self.reverse else t)
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether each of them lies in memory as a new tensor does."""
+        return self.tensor.stride(0) * self.tensor.element_size() % ALIGNMENT == 0
 
 
 class Before(Series):

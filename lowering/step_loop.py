@@ -21,6 +21,7 @@ from torch import Tensor
 from snn_compile.ir.stepped import Call, Region, Slot
 from snn_compile.lowering.cpp import interpreter
 from snn_compile.lowering.cpp import target as cpp
+from snn_compile.lowering.series import ALIGNMENT, Series
 
 if TYPE_CHECKING:
     from snn_compile.lowering.launch import BoundKernel
@@ -33,7 +34,6 @@ PRODUCTS = {
     aten.addmm.default: "cpu_addmm_out",
     aten.baddbmm.default: "cpu_baddbmm_out",
 }
-ALIGNMENT = 64
 
 
 class Uncovered(Exception):
@@ -80,8 +80,8 @@ class StepLoop:
         if not run_steps(torch_.table, code, len(code), places, at, self._slots, self._carried, len(self._moved), count):
             raise RuntimeError("a matrix product of a time step failed; torch has said why on stderr")
         for slot, _ in self._moved:
-            given[slot] = kept = torch.empty_strided(given[slot].shape, given[slot].stride(), dtype=given[slot].dtype)
-            ctypes.memmove(kept.data_ptr(), at[slot] or 0, kept.untyped_storage().nbytes())
+            given[slot] = _tensor_at(at[slot] or 0, given[slot])
+        steps.memory = memory
         return list(given.values())
 
     def _places(self, values: Values, steps: Steps, order: range, memory: int) -> ctypes.Array[interpreter.Place]:
@@ -89,7 +89,7 @@ class StepLoop:
         for slot, value in enumerate(values):
             if isinstance(value, Tensor):
                 places[slot] = interpreter.Place(value.data_ptr(), 0, 1)
-        series = [*steps.streams, *steps.places.direct.items()]
+        series: list[tuple[int, Series]] = [*steps.streams, *steps.places.direct.items()]
         series += [(len(values) + i, views) for i, (_, views) in enumerate(steps.places.copied)]
         first, last, count = order[0], order[-1], len(order)
         for slot, views in series:
@@ -100,6 +100,13 @@ class StepLoop:
         for slot, offset in self._temporary:
             places[slot] = interpreter.Place(memory + offset, self._piece, self._pieces)
         return places
+
+
+def _tensor_at(address: int, like: Tensor) -> Tensor:
+    """Over memory that another tensor keeps."""
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
+    memory = (ctypes.c_char * (elements * like.element_size())).from_address(address)
+    return torch.frombuffer(memory, dtype=like.dtype).as_strided(like.shape, like.stride())
 
 
 class _Assembler:

@@ -20,7 +20,7 @@ from snn_compile.ir.stepped import Call, Program, Region, Slot
 from snn_compile.lowering.by_channel import runs_by_channel
 from snn_compile.lowering.launch import BoundKernel, ResultSpec, Target
 from snn_compile.lowering.layout import place
-from snn_compile.lowering.series import Series
+from snn_compile.lowering.series import Series, Slices
 from snn_compile.lowering.step_loop import StepLoop, step_loop
 
 #: Values by slot.
@@ -30,17 +30,19 @@ Values = list[Any]
 class Places:
     """Where the series of a step go: a value is written into its first place, and copied into every other one.
 
-    What no unit writes where it is told to - an operand, a value of the prologue, a view - is copied, too.
+    What no unit writes where it is told to - an operand, a value of the prologue, a view - is copied, too; and so is every value
+    of a series whose steps are not aligned: the sums of a matrix product (MKL) depend on the alignment of its operands, and
+    eager's are new tensors.
     """
 
-    def __init__(self, wanted: Iterable[tuple[int, Series]], written: set[int]) -> None:
-        self.direct: dict[int, Series] = {}
-        self.copied: list[tuple[int, Series]] = []
+    def __init__(self, wanted: Iterable[tuple[int, Slices]], written: set[int]) -> None:
+        self.direct: dict[int, Slices] = {}
+        self.copied: list[tuple[int, Slices]] = []
         for slot, views in wanted:
-            if slot in self.direct or slot not in written:
-                self.copied.append((slot, views))
-            else:
+            if slot in written and slot not in self.direct and views.is_aligned:
                 self.direct[slot] = views
+            else:
+                self.copied.append((slot, views))
 
     def now(self, t: int) -> dict[int, Tensor]:
         return {slot: views[t] for slot, views in self.direct.items()}
@@ -62,6 +64,8 @@ class Steps:
     #: slots whose values add up over the steps, and the sums
     summed: Sequence[int] = ()
     sums: list[Tensor] = field(default_factory=list)
+    #: what states that the step loop gives lie in: to be kept as long as they are read
+    memory: Tensor | None = None
 
 
 class StepRunner:
