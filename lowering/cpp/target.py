@@ -6,6 +6,7 @@ import ctypes
 import threading
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +16,8 @@ from snn_compile.lowering.cpp import compiler
 from snn_compile.lowering.cpp.codegen import generate
 from snn_compile.lowering.cpp.plan import STREAM_BYTES, Plan, plan
 from snn_compile.lowering.cpp.writer import KernelSource, Parameter
-from snn_compile.lowering.launch import BoundKernel, Direction, Kernel
+from snn_compile.lowering.launch import Direction, Kernel
 from snn_compile.lowering.layout import Layout, Placement
-
-_C_TYPES = {"pointer": ctypes.c_void_p, "scratch": ctypes.c_void_p, "streaming": ctypes.c_bool}
 
 
 class CppTarget:
@@ -56,37 +55,26 @@ class _CompiledKernel:
 
     def __init__(self, source: KernelSource) -> None:
         self.source = source
-        self._library = compiler.load(source.text)  # keeps the function's code mapped
-        self._function = getattr(self._library, source.entry)
-        self._function.argtypes = [_C_TYPES.get(p.kind, ctypes.c_int64) for p in source.parameters]
+        self._library = compiler.load(source.text + _entry_by_arrays(source))  # keeps the function's code mapped
+        self._function = getattr(self._library, f"{source.entry}_by_arrays")
+        self._function.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         self._function.restype = None
         self._reversed = frozenset(source.reversed)
 
-    def bind(self, tensors: Sequence[Tensor], placement: Placement, steps: int) -> BoundKernel:
+    def bind(self, tensors: Sequence[Tensor], placement: Placement, steps: int) -> BoundCall:
         now = plan(self.source, placement.sizes, steps, torch.get_num_threads())
-        template, pointers, scratch_at = [], [], -1
-        for slot, parameter in enumerate(self.source.parameters):
+        pointers, numbers, scratch = [], [], 0
+        for parameter in self.source.parameters:
             if parameter.kind == "pointer":
                 i = parameter.tensor
-                pointers.append((slot, i, self._first_step(tensors[i], placement.time_strides[i], steps, i)))
+                pointers.append((i, self._first_step(tensors[i], placement.time_strides[i], steps, i)))
             elif parameter.kind == "scratch":
-                scratch_at = slot
-            template.append(self._argument(parameter, tensors, placement, steps, now))
-        size = now.threads * now.scratch_bytes if scratch_at >= 0 else 0
-        function = self._function
+                scratch = now.threads * now.scratch_bytes
+            else:
+                numbers.append(self._number(parameter, tensors, placement, steps, now))
+        return BoundCall(self._function, tuple(pointers), tuple(numbers), scratch)
 
-        def call(tensors: Sequence[Tensor]) -> None:
-            arguments = template.copy()
-            for slot, i, offset in pointers:
-                arguments[slot] = tensors[i].data_ptr() + offset
-            if size:
-                scratch = allocate_scratch(size)
-                arguments[scratch_at] = scratch.data_ptr()
-            function(*arguments)
-
-        return call
-
-    def _argument(self, parameter: Parameter, tensors: Sequence[Tensor], placement: Placement, steps: int, now: Plan) -> int:
+    def _number(self, parameter: Parameter, tensors: Sequence[Tensor], placement: Placement, steps: int, now: Plan) -> int:
         kind, i = parameter.kind, parameter.tensor
         if kind == "stride_t":
             return -placement.time_strides[i] if i in self._reversed else placement.time_strides[i]
@@ -98,8 +86,6 @@ class _CompiledKernel:
             return steps
         if kind == "streaming":
             return self._is_streaming(tensors, now)
-        if kind in ("pointer", "scratch"):
-            return 0  # known when it is called
         return getattr(now, kind)
 
     def _first_step(self, tensor: Tensor, stride_t: int, steps: int, i: int) -> int:
@@ -109,6 +95,45 @@ class _CompiledKernel:
     def _is_streaming(self, tensors: Sequence[Tensor], now: Plan) -> bool:
         total = sum(tensors[i].numel() * tensors[i].element_size() for i in self.source.streamed)
         return total >= STREAM_BYTES and now.block_lanes >= 256
+
+
+class BoundCall:
+    """A kernel and all of its arguments but the addresses."""
+
+    def __init__(self, function: Any, pointers: tuple[tuple[int, int], ...], numbers: tuple[int, ...], scratch: int) -> None:
+        #: ``function(addresses, numbers)``
+        self.function = function
+        self.address = ctypes.cast(function, ctypes.c_void_p).value or 0
+        #: for each address, the position of its tensor and the bytes from there to the first element read or written
+        self.pointers = pointers
+        self.numbers = (ctypes.c_int64 * len(numbers))(*numbers)
+        #: bytes of memory whose address follows the tensors' own
+        self.scratch = scratch
+        self._addresses = ctypes.c_void_p * (len(pointers) + 1)
+
+    def __call__(self, tensors: Sequence[Tensor]) -> None:
+        addresses = self._addresses(*[tensors[i].data_ptr() + offset for i, offset in self.pointers])
+        if self.scratch:
+            scratch = allocate_scratch(self.scratch)
+            addresses[-1] = scratch.data_ptr()
+        self.function(addresses, self.numbers)
+
+
+def _entry_by_arrays(source: KernelSource) -> str:
+    """A second entry, of the same signature for every kernel: one array of addresses, one of numbers."""
+    arguments, addresses, numbers = [], 0, 0
+    for parameter in source.parameters:
+        if parameter.kind in ("pointer", "scratch"):
+            arguments.append(f"({parameter.declaration.rsplit(' ', 1)[0]})addresses[{addresses}]")
+            addresses += 1
+        else:
+            arguments.append(f"numbers[{numbers}]")
+            numbers += 1
+    return f"""
+extern "C" void {source.entry}_by_arrays(char* const* addresses, const int64_t* numbers) {{
+  {source.entry}({", ".join(arguments)});
+}}
+"""
 
 
 def allocate_scratch(size: int) -> Tensor:
