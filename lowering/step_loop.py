@@ -13,13 +13,14 @@ from __future__ import annotations
 import ctypes
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from snn_compile.ir.stepped import Call, Region, Slot
-from snn_compile.lowering.cpp import interpreter
+from snn_compile.lowering.cpp import interpreter, spike_product
 from snn_compile.lowering.cpp import target as cpp
 from snn_compile.lowering.series import ALIGNMENT, Series
 
@@ -51,13 +52,28 @@ def step_loop(runner: StepRunner, values: Values, steps: Steps) -> StepLoop | No
         return None
 
 
+@dataclass
+class SpikeProduct:
+    """A product that may be a sum of rows of the weight (`lowering/cpp/spike_product`)."""
+
+    weight: int
+    #: the slot of the weight row by row in memory; null in a call whose weight is not finite
+    rows: int
+    plan: spike_product.Product
+    pause: spike_product.Pause = field(default_factory=spike_product.Pause)
+
+    def place(self, values: Values) -> tuple[interpreter.Place, Tensor]:
+        weight = values[self.weight].contiguous()
+        return interpreter.Place(weight.data_ptr() if bool(weight.isfinite().all()) else 0, 0, 1), weight
+
+
 class StepLoop:
     """A program's steps in C++, for operands of one signature."""
 
     def __init__(self, step: _Assembler) -> None:
         self._code = (ctypes.c_int64 * len(step.code.numbers))(*step.code.numbers)
-        self._slots = step.slots
-        self._moved = step.moved
+        self._slots, self._copies, self._totals = step.slots, step.copies, step.totals
+        self._moved, self._spike_products = step.moved, step.spike_products
         self._carried = (ctypes.c_int64 * (2 * len(step.moved)))(*(slot for pair in step.moved for slot in pair))
         #: slot, and where its value lies in a piece of temporary memory; bytes of a piece, and their number
         self._temporary, self._piece, self._pieces = step.temporary, step.piece, step.pieces
@@ -70,6 +86,10 @@ class StepLoop:
         places = self._places(values, steps, order, memory.data_ptr())
         given = {slot: state for (slot, _), state in zip(steps.carried, states, strict=True)}
         at = (ctypes.c_void_p * self._slots)()
+        weights = []
+        for product in self._spike_products:
+            places[product.rows], weight = product.place(values)
+            weights.append(weight)
         for slot, state in given.items():
             places[slot] = interpreter.Place(state.data_ptr(), 0, 1)
         for slot, _ in self._moved:
@@ -90,12 +110,12 @@ class StepLoop:
             if isinstance(value, Tensor):
                 places[slot] = interpreter.Place(value.data_ptr(), 0, 1)
         series: list[tuple[int, Series]] = [*steps.streams, *steps.places.direct.items()]
-        series += [(len(values) + i, views) for i, (_, views) in enumerate(steps.places.copied)]
+        series += [(copy, views) for copy, (_, views) in zip(self._copies, steps.places.copied, strict=True)]
         first, last, count = order[0], order[-1], len(order)
         for slot, views in series:
             start, end = views[first].data_ptr(), views[last].data_ptr()
             places[slot] = interpreter.Place(start, (end - start) // max(1, count - 1), count)
-        for slot, total in enumerate(steps.sums, len(values) + len(steps.places.copied)):
+        for slot, total in zip(self._totals, steps.sums, strict=True):
             places[slot] = interpreter.Place(total.data_ptr(), 0, 1)
         for slot, offset in self._temporary:
             places[slot] = interpreter.Place(memory + offset, self._piece, self._pieces)
@@ -115,20 +135,26 @@ class _Assembler:
     def __init__(self, torch_: interpreter.Torch, runner: StepRunner, values: Values, steps: Steps) -> None:
         self.code = interpreter.Code(torch_)
         self.values, self.direct = values, steps.places.direct
+        made = {o for u in runner.program.units for o in (u.outputs if isinstance(u, Region) else (u.output,))}
+        #: slots whose values change from step to step
+        self.varying = made | {slot for slot, _ in steps.streams} | {slot for slot, _ in steps.carried}
+        self.spike_products: list[SpikeProduct] = []
         #: slots whose address is another one's: that one
         self.source: dict[int, int] = {}
         self.temporary: list[tuple[int, int]] = []
         self.piece = 0
+        self.slots = len(values)
+        self.copies = [self._new_slot() for _ in steps.places.copied]
+        self.totals = [self._new_slot() for _ in steps.summed]
         for unit, run in zip(runner.program.units, runner.later, strict=True):
             if isinstance(unit, Region):
                 self._region(unit, run.bound)  # type: ignore[union-attr]
             else:
                 self._call(unit)
-        self.slots = len(values)
-        for slot, views in steps.places.copied:
-            self._op("copy_", (self._new_slot(), 0, views[0]), (slot, 0, values[slot]))
-        for slot in steps.summed:
-            self._add(slot)
+        for copy, (slot, views) in zip(self.copies, steps.places.copied, strict=True):
+            self._op("copy_", (copy, 0, views[0]), (slot, 0, values[slot]))
+        for total, slot in zip(self.totals, steps.summed, strict=True):
+            self._add(total, slot)
         self.moved = [(before, after) for before, after in steps.carried if after is not None and after != before]
         for before, after in self.moved:
             if values[before].stride() != values[after].stride():
@@ -156,14 +182,40 @@ class _Assembler:
         if unit.kwargs:
             raise Uncovered
         if unit.target in PRODUCTS and len(operands) == len(unit.args):
-            self._give_memory(unit.output)
-            self._op(PRODUCTS[unit.target], *((slot, 0, self.values[slot]) for slot in (unit.output, *operands)))
+            self._product(PRODUCTS[unit.target], unit.output, operands)
         elif unit.target is aten.cat.default:
             self._concatenate(unit.output, *unit.args)  # type: ignore[arg-type]
         elif operands and (unit.target is operator.getitem or getattr(unit.target, "is_view", False)):
             self._view(unit, operands[0])
         else:
             raise Uncovered
+
+    def _product(self, name: str, output: int, operands: Sequence[int]) -> None:
+        self._give_memory(output)
+        views = [(slot, 0, self.values[slot]) for slot in (output, *operands)]
+        found = self._spike_product(*operands) if name in ("cpu_mm_out", "cpu_addmm_out") else None
+        if found is None:
+            self._op(name, *views)
+            return
+        self.spike_products.append(found)
+        start = operands[0] if len(operands) == 3 else -1
+        function = ctypes.cast(spike_product.load().sum_rows, ctypes.c_void_p).value or 0
+        self.code.spike_product(
+            (function, ctypes.addressof(found.plan), ctypes.addressof(found.pause)),
+            (operands[-2], found.rows, start, output),
+            name,
+            *views,
+        )
+
+    def _spike_product(self, *operands: int) -> SpikeProduct | None:
+        """Of values that were spikes in the step watched, and of a weight that is the same in all steps."""
+        start, spikes, weight = (None, *map(self.values.__getitem__, operands))[-3:]
+        if operands[-1] in self.varying or not bool(((spikes == 0) | (spikes == 1)).all()):
+            return None
+        plan = spike_product.plan(spikes, weight, start)
+        if plan is None:
+            return None
+        return SpikeProduct(operands[-1], self._new_slot(), plan)
 
     def _view(self, unit: Call, slot: int) -> None:
         """Another address; a copy, where a reshape has moved the elements."""
@@ -192,11 +244,11 @@ class _Assembler:
             self._op("copy_", (output, to.data_ptr() - whole.data_ptr(), to), (part.index, 0, value))
             start += value.shape[dim]
 
-    def _add(self, slot: int) -> None:
+    def _add(self, total: int, slot: int) -> None:
         value = self.values[slot]
         if value.dtype not in (torch.float32, torch.float64) or not value.is_contiguous():
             raise Uncovered
-        self.code.add(self._new_slot(), slot, value)
+        self.code.add(total, slot, value)
 
     def _op(self, name: str, *views: tuple[int, int, Tensor]) -> None:
         if any(tensor.dtype not in self.code.torch.dtypes or tensor.numel() == 0 for _, _, tensor in views):

@@ -30,7 +30,10 @@ using Product = int32_t (*)(Handle out, Handle a, Handle b);
 using SumOfProduct = int32_t (*)(Handle out, Handle c, Handle a, Handle b, double beta, double alpha);
 using Copy = int32_t (*)(Handle to, Handle from, int32_t non_blocking);
 
-enum Kind : int64_t { KERNEL, PRODUCT, SUM_OF_PRODUCT, COPY, ADD_FLOATS, ADD_DOUBLES, ALIAS };
+// (in `lowering/cpp/spike_product`; gives false where it is not worth it)
+using SumRows = bool (*)(int64_t product, char* spikes, char* weight, char* start, char* out, int64_t pause);
+
+enum Kind : int64_t { KERNEL, PRODUCT, SUM_OF_PRODUCT, COPY, ADD_FLOATS, ADD_DOUBLES, ALIAS, SPIKE_PRODUCT };
 
 struct Torch {
   int32_t (*from_blob)(char* data, int64_t dims, const int64_t* sizes, const int64_t* strides, int64_t offset, int32_t dtype,
@@ -86,8 +89,15 @@ static void add(const int64_t* code, char* const* at) {  // to, from, count
   for (int64_t i = 0; i < code[2]; ++i) to[i] += from[i];
 }
 
+// function, its product and pause, slots of spikes, weight, start (or -1) and result; then the instruction that it stands for
+static bool run_spike_product(const int64_t* code, char* const* at) {
+  char* const start = code[5] < 0 ? nullptr : at[code[5]];
+  return reinterpret_cast<SumRows>(code[0])(code[1], at[code[3]], at[code[4]], start, at[code[6]], code[2]);
+}
+
 static bool run(const Torch& torch, Kind kind, const int64_t* code, char** at, char** addresses) {
   switch (kind) {
+    case SPIKE_PRODUCT: return run_spike_product(code, at) || run(torch, Kind(code[7]), code + 9, at, addresses);
     case KERNEL: run_kernel(code, at, addresses); return true;
     case ADD_FLOATS: add<float>(code, at); return true;
     case ADD_DOUBLES: add<double>(code, at); return true;
@@ -112,7 +122,7 @@ extern "C" bool run_steps(const Torch* torch, const int64_t* code, int64_t lengt
 }
 """
 
-KERNEL, PRODUCT, SUM_OF_PRODUCT, COPY, ADD_FLOATS, ADD_DOUBLES, ALIAS = range(7)
+KERNEL, PRODUCT, SUM_OF_PRODUCT, COPY, ADD_FLOATS, ADD_DOUBLES, ALIAS, SPIKE_PRODUCT = range(8)
 
 
 class Place(ctypes.Structure):
@@ -136,6 +146,14 @@ class Code:
         """`name`: one of `OPS`; views ``(slot, offset, tensor of that layout)``, the result first."""
         encoded = [n for view in views for n in self._view(*view)]
         self._instruction(OPS[name], self.torch.functions[name], *encoded)
+
+    def spike_product(
+        self, function: tuple[int, int, int], slots: tuple[int, int, int, int], name: str, *views: tuple[int, int, Tensor]
+    ) -> None:
+        """`function` with its two arguments, instead of the op; slots: spikes, weight, start or -1, result."""
+        product = Code(self.torch)
+        product.op(name, *views)
+        self._instruction(SPIKE_PRODUCT, *function, *slots, *product.numbers)
 
     def add(self, to: int, value: int, example: Tensor) -> None:
         self._instruction(ADD_FLOATS if example.dtype == torch.float32 else ADD_DOUBLES, to, value, example.numel())
