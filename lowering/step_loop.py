@@ -146,7 +146,7 @@ class _Assembler:
         self.slots = len(values)
         self.copies = [self._new_slot() for _ in steps.places.copied]
         self.totals = [self._new_slot() for _ in steps.summed]
-        for unit, run in zip(runner.program.units, runner.later, strict=True):
+        for unit, run in zip(runner.program.units, runner.units, strict=True):
             if isinstance(unit, Region):
                 self._region(unit, run.bound)  # type: ignore[union-attr]
             else:

@@ -1,8 +1,8 @@
 """Running a program once a step, in Python: what each unit is called with is worked out before the steps that repeat it.
 
-A region is a kernel of the recurrence's target; everything about its call but the addresses is worked out once: in the
-first step, whose states may lie in memory in another way, and in the second, for all that follow. Those between the second
-and the last one run in C++ where `lowering/step_loop` can.
+A region is a kernel of the recurrence's target; everything about its call but the addresses is worked out once for all steps
+whose operands lie in memory in one way. (The states of the first step may lie in another.) The steps between the second and
+the last one run in C++ where `lowering/step_loop` can.
 """
 
 from __future__ import annotations
@@ -75,10 +75,9 @@ class StepRunner:
         self.program = program
         self.by_channel = runs_by_channel(program, target)
         self.prologue = [_runner(u, target) for u in program.prologue]
-        self.first = [_runner(u, target) for u in program.units]
-        self.later = [_runner(u, target) for u in program.units]
+        self.units = [_runner(u, target) for u in program.units]
         #: slots whose values a step can write where it is told to
-        self.written = {o for run in self.later for o in run.writes}
+        self.written = {o for run in self.units for o in run.writes}
         #: the steps in C++, where that is possible; tried when a call has run two steps
         self.loop: StepLoop | None = None
         self.tried_loop = False
@@ -100,17 +99,17 @@ class StepRunner:
             if done and inner and self.loop is not None:
                 states = self.loop.run(values, states, steps, inner)
                 done += len(inner)
-            states = self._step(values, states, steps, steps.order[done], done == 0)
+            states = self._step(values, states, steps, steps.order[done])
             done += 1
         return list(states)
 
-    def _step(self, values: Values, states: Sequence[Tensor], steps: Steps, t: int, is_first: bool) -> list[Tensor]:
+    def _step(self, values: Values, states: Sequence[Tensor], steps: Steps, t: int) -> list[Tensor]:
         for slot, stream in steps.streams:
             values[slot] = stream[t]
         for (slot, _), state in zip(steps.carried, states, strict=True):
             values[slot] = state
         now = steps.places.now(t)
-        for run in self.first if is_first else self.later:
+        for run in self.units:
             run(values, now)
         steps.places.copy(values, t)
         if steps.sums:
@@ -188,17 +187,23 @@ def _fill(value, values):  # type: ignore[no-untyped-def]
 
 
 class RegionRunner:
-    """A region, for operands that lie in memory as those of the first call."""
+    """A region: a kernel bound for each way in which its operands lie in memory, most often one."""
 
     def __init__(self, unit: Region, target: Target) -> None:
         self.unit, self.target = unit, target
         self.writes = unit.outputs
         self.shape = torch.Size(unit.kernel.meta["shape"])
-        self.known: list[tuple[BoundKernel | None, list[ResultSpec]]] = []  # at most one; another thread may have added its own
+        self.known: dict[tuple[tuple[int, ...], ...], tuple[BoundKernel | None, list[ResultSpec]]] = {}
+        #: the kernel of the last call; None where there is nothing to compute
+        self.bound: BoundKernel | None = None
 
     def __call__(self, values: Values, now: dict[int, Tensor]) -> None:
         operands = [values[i] for i in self.unit.inputs]
-        bound, specs = self.known[0] if self.known else self._prepare(operands, now)
+        key = tuple(o.stride() for o in operands)
+        if key not in self.known:
+            self.known[key] = self._prepare(operands, now)
+        bound, specs = self.known[key]
+        self.bound = bound
         results = []
         for o, spec in zip(self.unit.outputs, specs, strict=True):
             result = now.get(o)
@@ -208,18 +213,12 @@ class RegionRunner:
         for o, result in zip(self.unit.outputs, results, strict=True):
             values[o] = result
 
-    @property
-    def bound(self) -> BoundKernel | None:
-        """The kernel of those calls; None before the first one, or where there is nothing to compute."""
-        return self.known[0][0] if self.known else None
-
     def _prepare(self, operands: list[Tensor], now: dict[int, Tensor]) -> tuple[BoundKernel | None, list[ResultSpec]]:
         kernel = self.unit.kernel
         made = [torch.empty(self.shape, dtype=y.dtype, device=operands[0].device) for y in kernel.ys]
         results = [now.get(o, r) for o, r in zip(self.unit.outputs, made, strict=True)]
         bound = _bind(kernel, self.target, self.shape, operands, results)
-        self.known.append((bound, [ResultSpec.like(r) for r in made]))
-        return self.known[0]
+        return bound, [ResultSpec.like(r) for r in made]
 
 
 def _bind(

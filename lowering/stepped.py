@@ -61,9 +61,16 @@ def run_stepped(r: SteppedRecurrence, target: Target, operands: Sequence[Tensor]
         places = Places(zip(wanted, views, strict=True), runner.written)
         plan = Steps(range(steps), list(enumerate(series, n)), places, list(enumerate(out[:n])))
         carries = runner.run(values, inits, plan)
-        finals = [c.clone() for c, spec in zip(carries, r.carries, strict=True) if spec.is_result]
+        finals = [
+            c.clone(memory_format=torch.contiguous_format) for c, spec in zip(carries, r.carries, strict=True) if spec.is_result
+        ]
     ys = [k if y.time_dim == 0 else k.movedim(0, y.time_dim).contiguous() for k, y in zip(kept, r.ys, strict=False)]
     return [*ys, *finals, *kept[m:]]
+
+
+def _new(state: Tensor) -> Tensor:
+    """A result of its own, contiguous."""
+    return state.clone(memory_format=torch.contiguous_format)
 
 
 def _whole_states(r: SteppedRecurrence, inits: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -150,7 +157,7 @@ def run_stepped_backward(
     plan = Steps(range(steps)[::-1], streams, sink.places, carried, sink.summed, sink.sums)
     ct_carries = runner.run(values, ct_carries, plan)
     wanted = [ct for ct, c in zip(ct_carries, r.differentiable_carries, strict=True) if c.init_needs_grad]
-    return [*(g.clone() for g in wanted), *sink.results()]
+    return [*(_new(g) for g in wanted), *sink.results()]
 
 
 def _cotangents(r: SteppedRecurrence, device: torch.device, cotangents: Sequence[Tensor | None]):  # type: ignore[no-untyped-def]

@@ -228,3 +228,24 @@ def test_torch_without_the_c_functions(loops, monkeypatch):
 
 def test_this_torch_has_the_c_functions():
     assert interpreter.torch_functions() is not None
+
+
+def turned(x, w, b, v):
+    """The states of all steps but the first lie in memory in another way than the initial one."""
+    c, out = v, []
+    for t in range(x.shape[0]):
+        c = 0.2 * c + x[t] + 0.1 * (c @ w) + b
+        out.append(c)
+        c = c.t()
+    return torch.stack(out), c
+
+
+def test_a_state_that_is_turned(loops):
+    torch.manual_seed(0)
+    x, w, b, v = torch.randn(40, 8, 8), torch.randn(8, 8), torch.randn(8), torch.randn(8, 8)
+    inputs = [i.requires_grad_() for i in (x, w, b, v)]
+    got, expected = torch.compile(turned, backend="snn")(*inputs), turned(*inputs)
+    assert all(map(torch.equal, got, expected)) and loops
+    grads = [torch.autograd.grad(out.sum() + c.square().sum(), inputs) for out, c in (got, expected)]
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
