@@ -64,7 +64,7 @@ class SpikeProduct:
 
     def place(self, values: Values) -> tuple[interpreter.Place, Tensor]:
         weight = values[self.weight].contiguous()
-        return interpreter.Place(weight.data_ptr() if bool(weight.isfinite().all()) else 0, 0, 1), weight
+        return interpreter.Place(weight.data_ptr() if spike_product.is_finite(weight) else 0, 0, 1), weight
 
 
 class StepLoop:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from snn_compile.ir.stepped import Program, Reduced, SteppedRecurrence
 from snn_compile.lowering.by_channel import backward_by_channel, forward_by_channel
+from snn_compile.lowering.cpp.spike_product import sum_outer
 from snn_compile.lowering.launch import MOST_LAUNCHES, Target
 from snn_compile.lowering.result_memory import allocate
 from snn_compile.lowering.series import Before, Constant, Series, Slices
@@ -224,8 +225,8 @@ class _Gradients:
             init, after = self.history[way.b]
             a = self.series[way.a]
             first = torch.mm(a[0].t(), init)
-            return first if self.steps == 1 else first.addmm_(a[1:].flatten(0, 1).t(), after[:-1].flatten(0, 1))
-        return torch.mm(self._rows(way.a).t(), self._rows(way.b)).view(operand.shape)
+            return first if self.steps == 1 else first.add_(_outer(a[1:].flatten(0, 1), after[:-1].flatten(0, 1)))
+        return _outer(self._rows(way.a), self._rows(way.b)).view(operand.shape)
 
     def _rows(self, slot: int) -> Tensor:
         """The rows of all steps, as one matrix."""
@@ -234,3 +235,12 @@ class _Gradients:
             if slot in self.series
             else torch.cat([self.streams[slot][t] for t in range(self.steps)])
         )
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """``a.T @ b``; where one of them is few spikes, rows of the other one are summed."""
+    if (rows := sum_outer(a, b)) is not None:
+        return rows
+    if (rows := sum_outer(b, a)) is not None:
+        return rows.t().contiguous()
+    return torch.mm(a.t(), b)

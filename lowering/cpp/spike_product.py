@@ -8,6 +8,9 @@ is, is found by trying, once for sizes: where no block gives the library's bits 
 
 Neurons that fire at every fourth step or less make this cheaper than the product; each call finds out, and where there are
 more, the next calls are spared the search.
+
+The gradient of the weights, ``s.T @ g`` over the rows of all steps, is a sum of rows, too, of those of `g`; a gradient need not
+have a library's bits.
 """
 
 from __future__ import annotations
@@ -102,12 +105,63 @@ extern "C" bool sum_rows(const Product* p, const float* spikes, const float* w, 
   pause->left = pause->length;
   return is_binary;
 }
+
+// Rows of a block and where their ones are.
+struct Ones {
+  int64_t rows, depth;
+  const int32_t *at, *counts;
+};
+
+// out[k] += sum of the g[i] for which row i has a one at k, in `vectors` vectors of columns
+template <int vectors>
+static void add_columns(const Ones& ones, const float* g, int64_t columns, float* out) {
+  std::vector<float> sum(ones.depth * vectors * WIDTH);
+  for (int64_t i = 0; i < ones.rows; ++i) {
+    Lanes row[vectors];
+    for (int v = 0; v < vectors; ++v) row[v] = reinterpret_cast<const Lanes*>(g + i * columns)[v];
+    const int32_t* const at = ones.at + i * ones.depth;
+    for (int64_t n = 0; n < ones.counts[i]; ++n)
+      for (int v = 0; v < vectors; ++v) reinterpret_cast<Lanes*>(sum.data())[at[n] * vectors + v] += row[v];
+  }
+  for (int64_t k = 0; k < ones.depth; ++k)
+    for (int64_t j = 0; j < vectors * WIDTH; ++j) out[k * columns + j] += sum[k * vectors * WIDTH + j];
+}
+
+// out[k] += sum of the rows g[i] for which spikes[i, k] is 1, a block of rows at a time; false where there are no spikes.
+extern "C" bool sum_outer(const Product* p, const float* spikes, const float* g, float* out) {
+  std::vector<int32_t> at(p->block * p->depth), counts(p->block);
+  const int64_t vectors = p->columns / WIDTH;
+  bool is_binary = true;
+  for (int64_t begin = 0; begin < p->rows && is_binary; begin += p->block) {
+    const Ones ones{std::min(p->block, p->rows - begin), p->depth, at.data(), counts.data()};
+#pragma omp parallel num_threads(p->threads) reduction(&& : is_binary)
+    {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < ones.rows; ++i) {
+        counts[i] = int32_t(find_ones(spikes + (begin + i) * p->depth, p->depth, at.data() + i * p->depth));
+        is_binary &= counts[i] >= 0;
+      }
+#pragma omp for schedule(static)
+      for (int64_t v = 0; v < vectors; v += 4) {
+        const float* const from = g + begin * p->columns + v * WIDTH;
+        if (v + 4 <= vectors)
+          add_columns<4>(ones, from, p->columns, out + v * WIDTH);
+        else
+          for (int64_t j = 0; j < (vectors - v) * WIDTH; j += WIDTH)
+            add_columns<1>(ones, from + j, p->columns, out + v * WIDTH + j);
+      }
+    }
+  }
+  return is_binary;
+}
 """
 
 #: rows and columns come in vectors of so many
 WIDTH = 16
 #: the share of ones up to which rows are added (`benchmarks/spike_products.py` shows where the product becomes faster)
 MOST = 0.25
+#: the gradient of the weights: rows whose sum is one term of the whole sum, the share of ones, columns from which on it pays
+BLOCK, MOST_OUTER, FEWEST_COLUMNS = 1024, 0.1, 256
 #: fewer rows go to other functions of the library, whose order of sums is another
 FEWEST_ROWS = 4
 
@@ -128,8 +182,14 @@ class Pause(ctypes.Structure):
 def load() -> ctypes.CDLL:
     library = compiler.load(TEXT)
     library.sum_rows.argtypes = [ctypes.c_void_p] * 6
-    library.sum_rows.restype = ctypes.c_bool
+    library.sum_outer.argtypes = [ctypes.c_void_p] * 4
+    library.sum_rows.restype = library.sum_outer.restype = ctypes.c_bool
     return library
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is infinite or NaN: a sum of rows leaves out what would be NaN, times 0. (False where they overflow.)"""
+    return bool(tensor.sum().isfinite())
 
 
 def plan(spikes: Tensor, weight: Tensor, start: Tensor | None) -> Product | None:
@@ -168,3 +228,19 @@ def _run(product: Product, spikes: Tensor, weight: Tensor, start: Tensor | None)
     pointers = (spikes.data_ptr(), weight.data_ptr(), None if start is None else start.data_ptr(), out.data_ptr())
     assert load().sum_rows(ctypes.byref(product), *pointers, ctypes.byref(Pause()))
     return out
+
+
+def sum_outer(spikes: Tensor, g: Tensor) -> Tensor | None:
+    """``spikes.T @ g`` for ``[rows, depth]`` and ``[rows, columns]``, up to rounding; None where a product is as good."""
+    if any(t.dtype != torch.float32 or t.device.type != "cpu" or not t.is_contiguous() for t in (spikes, g)):
+        return None
+    rows, depth, columns = *spikes.shape, g.shape[1]
+    if depth % WIDTH or columns % WIDTH or columns < FEWEST_COLUMNS or rows < BLOCK:
+        return None
+    sample = spikes[:: rows // 256]
+    if not bool(((sample == 0) | (sample == 1)).all()) or float(sample.mean()) > MOST_OUTER or not is_finite(g):
+        return None
+    product = Product(rows, depth, columns, BLOCK, 0, torch.get_num_threads())
+    out = torch.zeros(depth, columns)
+    is_done = load().sum_outer(ctypes.byref(product), spikes.data_ptr(), g.data_ptr(), out.data_ptr())
+    return out if is_done else None

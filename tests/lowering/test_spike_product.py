@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import snn_compile  # noqa: F401  (registers the backend in a source tree)
-from snn_compile.lowering import step_loop
+from snn_compile.lowering import step_loop, stepped
 from snn_compile.lowering.cpp import spike_product
 from tests.passes.capture import Spike
 
@@ -98,6 +98,31 @@ def test_after_too_many_spikes_the_search_pauses_longer_and_longer():
     assert summed(plan, few, w, pause=pause) is not None and (pause.left, pause.length) == (0, 0)
 
 
+# ------------------------------------------------------------------------------------------ the gradient of the weights
+
+
+@pytest.mark.parametrize("columns", [256, 272, 320])
+@pytest.mark.parametrize("rows", [1024, 2500])
+def test_sum_over_the_rows_of_all_steps(rows, columns):
+    for share in (0.0, 0.01, 0.08):
+        s, g = spikes_of(rows, 48, share), torch.randn(rows, columns)
+        expected = (s.double().t() @ g.double()).float()
+        torch.testing.assert_close(spike_product.sum_outer(s, g), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_what_is_no_sum_of_rows():
+    s, g = spikes_of(1024, 48, 0.05), torch.randn(1024, 256)
+    assert spike_product.sum_outer(s, g) is not None
+    graded = s.clone()
+    graded[1001, 40] = 0.5  # (not in the sample)
+    for a, b in ((graded, g), (s + 1, g), (s.t().contiguous().t(), g), (s, g[:, :64].contiguous()), (s.double(), g.double())):
+        assert spike_product.sum_outer(a, b) is None
+    for value in (float("nan"), float("inf")):
+        g[5, 6] = value
+        assert spike_product.sum_outer(s, g) is None
+    assert spike_product.sum_outer(spikes_of(1024, 48, 0.5), torch.randn(1024, 256)) is None
+
+
 # ---------------------------------------------------------------------------------------------------- in a recurrence
 
 
@@ -146,6 +171,20 @@ def test_recurrence_of_few_spikes(loops, bias):
     grads = [torch.autograd.grad(y.sum(), list(net.parameters())) for y in (got, expected)]
     for mine, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_of_a_recurrence_of_few_spikes(loops, monkeypatch):
+    """Large enough for sums of rows: of states (``s @ w.T``), and of the gradient (``s @ w``)."""
+    net, x = Recurrent(256, False), 0.7 * torch.randn(40, 32, 256)
+    spans = []
+    sum_outer = spike_product.sum_outer
+    monkeypatch.setattr(stepped, "sum_outer", lambda a, b: (spans.append(a.shape), sum_outer(a, b))[1])
+    got, expected = torch.compile(net, backend="snn")(x), net(x)
+    assert 0.005 < expected.mean() < 0.1 and torch.equal(got, expected)
+    up = torch.randn_like(x)
+    mine, theirs = (torch.autograd.grad(y, net.recurrent.weight, up)[0] for y in (got, expected))
+    assert spans
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
 def test_recurrence_of_many_spikes(loops):
