@@ -31,7 +31,7 @@ from snn_compile.passes.fuse_consumers import may_write
 from snn_compile.passes.merge_recurrences import VIEWS, Fusion, Traced, operand_key, value_key
 
 #: Moving one past other ops changes nothing.
-EFFECT_FREE = (*VIEWS, torch.unbind, torch.full)
+EFFECT_FREE = (*VIEWS, "view", torch.unbind, torch.full, torch.tensor)
 
 
 #: States of a recurrence up to which fusing was measured to gain, where it is differentiated and where it is not: each is
