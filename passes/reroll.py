@@ -34,8 +34,9 @@ from snn_compile.passes.relate_iterations import Graph, Run
 
 Accept = Callable[[Loop], "Rejection | None"]
 
-#: Look-alikes that are no loops are given up after this many, so that rerolling stays cheap beside tracing.
-MAX_REJECTIONS = 64
+#: Look-alikes that are no loops are given up after this many, so that rerolling stays cheap beside tracing; fewer where their
+#: numbers may change: there, what covers most is a loop, or nothing is.
+MAX_REJECTIONS = {False: 64, True: 8}
 
 
 #: Where a look-alike begins, its period, and whether its numbers may change from step to step.
@@ -69,7 +70,7 @@ def _first_loop(gm: fx.GraphModule, accept: Accept, min_length: int, name: str, 
     changing = ((r, True) for r in repeats if view.numbers_change(r))  # (looked for only where all else is refused)
     for repeat, may_numbers_change in itertools.chain(((r, False) for r in repeats), changing):
         key = (view.nodes[repeat.start].name, repeat.period, may_numbers_change)
-        if key in rejections or sum(k[2] == may_numbers_change for k in rejections) >= MAX_REJECTIONS:
+        if key in rejections or sum(k[2] == may_numbers_change for k in rejections) >= MAX_REJECTIONS[may_numbers_change]:
             continue
         try:
             plan = _plan(view, repeat, view.relate(repeat, may_numbers_change), min_length)
