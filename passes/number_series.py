@@ -36,6 +36,7 @@ PLACES: dict[object, tuple[int, ...]] = {
     **dict.fromkeys((torch.sub, "add", "sub", "mul", "multiply", *_QUOTIENTS), _RIGHT),
     **dict.fromkeys((getattr(operator, name) for name in _COMPARISONS), _EITHER),
     **dict.fromkeys((*(getattr(torch, name) for name in _COMPARISONS), *_COMPARISONS), _RIGHT),
+    **dict.fromkeys((f"__{name}__" for name in _COMPARISONS), _RIGHT),  # what `==` is in torch 2.11
     torch.where: _BRANCHES,
 }
 
