@@ -71,10 +71,10 @@ def _may_move(graph: fx.Graph, call: fx.Node, consumer: fx.Node, others: list[fx
     order = {n: i for i, n in enumerate(graph.nodes)}
     readers = [r for output in call.users for r in output.users if r is not consumer]
     between = [n for n in order if order[call] < order[n] < order[consumer]]
-    return all(order[r] > order[consumer] for r in readers) and not any(_may_write(n, call) for n in between)
+    return all(order[r] > order[consumer] for r in readers) and not any(may_write(n, call) for n in between)
 
 
-def _may_write(node: fx.Node, call: fx.Node) -> bool:
+def may_write(node: fx.Node, call: fx.Node) -> bool:
     """Whether it might change an operand of the loop: a write, or a batch norm or a region that shares an operand with it."""
     if is_write(node):
         return True

@@ -21,6 +21,7 @@ from snn_compile.passes.loop_operands import (
     unbound_source,
 )
 from snn_compile.passes.loop_results import rewire_output, stack_of, stacked_example
+from snn_compile.passes.number_series import is_computed_wider, number_series
 from snn_compile.passes.relate_iterations import Column, Graph, Run
 
 
@@ -51,7 +52,9 @@ class LoopPlan:
     def absorb_tail(self) -> None:
         """Take in a last iteration that lacks its dead end, where its values are collected like all others'."""
         tail = self.run.stop - self.stop
-        if tail <= 0 or any(c.kind == "series" for r in range(tail, self.period) for c in self.run.column(self.start + r)):
+        if tail <= 0 or any(
+            c.kind in ("series", "numbers") for r in range(tail, self.period) for c in self.run.column(self.start + r)
+        ):
             return  # (there is no slice of x for what the last iteration lacks)
         for residue in range(tail):
             outside = [
@@ -132,9 +135,27 @@ class LoopPlan:
             args, kwargs = self._refill(node, leaves)
             new = self.body.create_node(node.op, node.target, args, kwargs, name=value_name(node))
             new.meta = self._meta(residue)
+            if any(c.kind == "numbers" for c in columns) and is_computed_wider(node, new.meta["example_value"].dtype):
+                new = self._widen(new)
             if residue in self.growing:
                 new.meta["grows"] = True
             self.values[residue] = new
+
+    def _widen(self, node: fx.Node) -> fx.Node:
+        """``x * c -> (x.float() * c).to(x.dtype)``: eager's half precision beside a number."""
+        value = example(node)
+
+        def convert(operand: fx.Node, dtype: torch.dtype) -> fx.Node:
+            new = self.body.call_method("to", (operand, dtype))
+            new.meta = {**operand.meta, "example_value": example(operand).to(dtype)}
+            return new
+
+        with self.body.inserting_before(node):
+            for operand in node.all_input_nodes:
+                if example(operand).dtype == value.dtype:
+                    node.replace_input_with(operand, convert(operand, torch.float32))
+        node.meta["example_value"] = value.float()
+        return convert(node, value.dtype)
 
     def _meta(self, residue: int) -> dict:  # type: ignore[type-arg]
         """What is known of a value, for all iterations."""
@@ -177,6 +198,8 @@ class LoopPlan:
             return self._const(column.value)  # type: ignore[arg-type]
         if column.kind == "series":
             return self._separate_values(residue, slot)
+        if column.kind == "numbers":
+            return self._numbers(residue, slot)
         back = -((residue - column.distance) // self.period)
         producer = (residue - column.distance) % self.period
         return self.values[producer] if back == 0 else self._carry(residue, slot, producer, back)
@@ -216,12 +239,24 @@ class LoopPlan:
         value = self._series[key] = self._input(source, wanting_grad(*_first_and_rest(column)), base_name(column[0].name))  # type: ignore[union-attr]
         return value
 
-    def _may_stack_given(self, first: object, reader: fx.Node) -> bool:
-        """Parameters of its own in every step: of a loop over time, which reads ``x[t]``, and none larger than what is computed.
+    def _numbers(self, residue: int, slot: int) -> fx.Node:
+        """A Python number that is another one in every iteration."""
+        leaves = [self.view.slots[self.start + t * self.period + residue].leaves for t in range(self.count)]
+        node = self.node(residue, self.template)
+        if not self._reads_time():
+            raise Reject("a Python number changes from step to step in what reads no time series", location=user_location(node))
+        series = number_series(node, leaves[self.template], slot, [own[slot] for own in leaves])  # type: ignore[misc]
+        if series.key not in self._series:
+            self._series[series.key] = self._input(series, series.of_one_step, "number")
+        return self._series[series.key]
 
-        (Layers of a deep network look alike, too.)
-        """
-        reads_time = any(c.kind == "series" and c.step for row in self.run.columns for c in row)
+    def _reads_time(self) -> bool:
+        """It is a loop over time, which reads ``x[t]``. (Layers of a deep network look alike, too.)"""
+        return any(c.kind == "series" and c.step for row in self.run.columns for c in row)
+
+    def _may_stack_given(self, first: object, reader: fx.Node) -> bool:
+        """Parameters of its own in every step: of a loop over time, and none larger than what is computed."""
+        reads_time = self._reads_time()
         value, result = example(first), example(reader)
         sizes = [v.numel() if isinstance(v, torch.Tensor) else None for v in (value, result)]
         return reads_time and all(isinstance(n, int) for n in sizes) and sizes[0] <= sizes[1]  # type: ignore[operator]

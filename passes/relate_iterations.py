@@ -11,6 +11,7 @@ from torch import fx
 from snn_compile.ir.values import is_getitem
 from snn_compile.passes.find_repeats import Repeat
 from snn_compile.passes.functionalize import store
+from snn_compile.passes.number_series import takes_number
 
 
 @dataclass
@@ -68,7 +69,7 @@ def submodule_key(module: object, memo: dict[int, object]) -> object:
 class Column:
     """One operand slot over all iterations: which relation holds, and for which positions of the run."""
 
-    kind: str  # "const", "number", "distance", "series"
+    kind: str  # "const", "number", "numbers", "distance", "series"
     value: object = None
     distance: int = 0
     step: int = 0
@@ -108,7 +109,7 @@ class Graph:
 
     # -------------------------------------------------------------------------------------------------- relations
 
-    def relate(self, repeat: Repeat) -> Run:
+    def relate(self, repeat: Repeat, may_numbers_change: bool = False) -> Run:
         """Find the relation of every slot, and the positions where all of them hold."""
         run = Run(self.nodes, repeat.start, repeat.stop, repeat.period, origin=repeat.start)
         columns, bounds = [], []
@@ -117,6 +118,8 @@ class Graph:
             row = []
             for slot in range(len(self.slots[positions[0]].leaves)):
                 column = self._classify(repeat, positions, slot)
+                if may_numbers_change and self._changes(column, positions, slot):
+                    column = Column("numbers", column.value)
                 row.append(column)
                 bounds.append((positions, slot, column))
             columns.append(row)
@@ -141,6 +144,21 @@ class Graph:
             return Column("series", leaf - step * middle, step=step)  # type: ignore[operator]
         return Column("number", leaf)
 
+    def numbers_change(self, repeat: Repeat) -> bool:
+        """Whether some number is another one from step to step, where it may be."""
+        for first in range(repeat.start, repeat.start + repeat.period):
+            positions = range(first, repeat.stop, repeat.period)
+            numbers = [(slot, v) for slot, v in enumerate(self.slots[first].leaves) if not isinstance(v, fx.Node)]
+            if any(self._changes(Column("number", v), positions, slot) for slot, v in numbers):
+                return True
+        return False
+
+    def _changes(self, column: Column, positions: range, slot: int) -> bool:
+        """A number that is another one in some steps, in a place where a time series may stand for it."""
+        if column.kind != "number" or not takes_number(self.nodes[positions[0]], self.slots[positions[0]].leaves, slot):
+            return False
+        return len({repr(self.slots[at].leaves[slot]) for at in positions}) > 1
+
     @staticmethod
     def _is_index(node: fx.Node) -> bool:
         return is_getitem(node) or node.target is store or node.target in ("select", torch.select)
@@ -152,6 +170,8 @@ class Graph:
             return leaf is column.value
         if column.kind == "number":
             return type(leaf) is type(column.value) and repr(leaf) == repr(column.value)
+        if column.kind == "numbers":
+            return type(leaf) is type(column.value)
         if column.kind == "distance":
             return isinstance(leaf, fx.Node) and self.position.get(leaf) == position - column.distance
         if column.step:

@@ -10,7 +10,8 @@ iteration is proven to be one of
 
 - the same value in all iterations (an invariant),
 - a value of the same iteration, or of the iteration d before (a carry; d > 1 makes a chain of carries),
-- slice t of one tensor, read forwards or backwards (a time series), or a value of its own made before the loop.
+- slice t of one tensor, read forwards or backwards (a time series), or a value of its own made before the loop,
+- a Python number, the same in all iterations - or, where no loop is found so, another one in each (`passes/number_series`).
 
 Iterations at either end that do not fit are peeled: they stay as they are. A last iteration that lacks its dead tail is
 taken in. Nothing is recognised by name; equality of `autograd_function_apply` bodies is equality of their content.
@@ -18,6 +19,7 @@ taken in. Nothing is recognised by name; equality of `autograd_function_apply` b
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -32,14 +34,19 @@ from snn_compile.passes.relate_iterations import Graph, Run
 
 Accept = Callable[[Loop], "Rejection | None"]
 
-#: Look-alikes that are no loops are given up after this many, so that rerolling stays cheap beside tracing.
-MAX_REJECTIONS = 64
+#: Look-alikes that are no loops are given up after this many, so that rerolling stays cheap beside tracing; fewer where their
+#: numbers may change: there, what covers most is a loop, or nothing is.
+MAX_REJECTIONS = {False: 64, True: 8}
+
+
+#: Where a look-alike begins, its period, and whether its numbers may change from step to step.
+Key = tuple[str, int, bool]
 
 
 def reroll(gm: fx.GraphModule, accept: Accept, min_length: int = 2) -> tuple[list[Loop], list[Rejection]]:
     """Replace loops of `gm` by `Loop` submodules; `accept` says why a verified loop should stay unrolled (or None)."""
     loops: list[Loop] = []
-    rejections: dict[tuple[str, int], Rejection] = {}
+    rejections: dict[Key, Rejection] = {}
     while (found := _first_loop(gm, accept, min_length, f"loop_{len(loops)}", rejections)) is not None:
         loops.append(found)
     if loops:
@@ -56,17 +63,17 @@ def _drop_unused_bodies(gm: fx.GraphModule) -> None:
     gm.delete_all_unused_submodules()
 
 
-def _first_loop(
-    gm: fx.GraphModule, accept: Accept, min_length: int, name: str, rejections: dict[tuple[str, int], Rejection]
-) -> Loop | None:
+def _first_loop(gm: fx.GraphModule, accept: Accept, min_length: int, name: str, rejections: dict[Key, Rejection]) -> Loop | None:
     """The repeat that covers most of the graph and is a loop, replaced in the graph; what was refused is remembered."""
     view = Graph(gm)
-    for repeat in find_repeats(view.tokens):
-        key = (view.nodes[repeat.start].name, repeat.period)
-        if key in rejections or len(rejections) >= MAX_REJECTIONS:
+    repeats = find_repeats(view.tokens)
+    changing = ((r, True) for r in repeats if view.numbers_change(r))  # (looked for only where all else is refused)
+    for repeat, may_numbers_change in itertools.chain(((r, False) for r in repeats), changing):
+        key = (view.nodes[repeat.start].name, repeat.period, may_numbers_change)
+        if key in rejections or sum(k[2] == may_numbers_change for k in rejections) >= MAX_REJECTIONS[may_numbers_change]:
             continue
         try:
-            plan = _plan(view, repeat, min_length)
+            plan = _plan(view, repeat, view.relate(repeat, may_numbers_change), min_length)
             loop = plan.build(name)
         except Reject as r:
             rejections[key] = replace(r.rejection, ops=repeat.covered)
@@ -87,8 +94,7 @@ def _why_empty(loop: Loop) -> Rejection | None:
     return Rejection("its iterations only read a time series", loop.name, loop.location)
 
 
-def _plan(view: Graph, repeat: Repeat, min_length: int) -> LoopPlan:
-    run = view.relate(repeat)
+def _plan(view: Graph, repeat: Repeat, run: Run, min_length: int) -> LoopPlan:
     if run.stop - run.start < min_length * run.period:
         node = view.nodes[repeat.start]
         raise Reject(

@@ -212,19 +212,25 @@ def _lanes(example: Tensor) -> int:
 
 def _fused(recurrence: Recurrence) -> str:
     ops = [n for n in recurrence.step.graph.nodes if n.op == "call_function"]
-    pairs = zip(recurrence.carries, results(recurrence.step), strict=False)
-    totals = [c for c, value in pairs if _accumulates(recurrence, c, value)]
+    states = zip(recurrence.carries, recurrence.step.graph.find_nodes(op="placeholder"), results(recurrence.step), strict=False)
+    totals = [carry for carry, before, after in states if _accumulates(before, after)]
     text = f"{_count(len(ops), 'op')} a step in one kernel"
+    members = recurrence.meta.get("fused", [])
+    if members:
+        text += f", of {_count(len(members), 'recurrence')} over one series: {', '.join(_members(members))}"
     if totals:
         text += f"; {', '.join(nice_name(c.name) for c in totals)} summed in it, not stored step by step"
     return text
 
 
-def _accumulates(recurrence: Recurrence, carry: object, value: object) -> bool:
+def _members(members: list[tuple[str, str]]) -> list[str]:
+    """Names, with the place of those that are elsewhere than the first."""
+    return [name if place == members[0][1] else f"{name} ({_here(place)})" for name, place in members]
+
+
+def _accumulates(before: fx.Node, after: object) -> bool:
     """``acc' = acc + something``, with no other reader of acc."""
-    nodes = [n for n in recurrence.step.graph.nodes if n.op == "placeholder"]
-    mine = nodes[recurrence.carries.index(carry)]  # type: ignore[arg-type]
-    return isinstance(value, fx.Node) and op_name(value) == "add" and mine in value.args and len(mine.users) == 1
+    return isinstance(after, fx.Node) and op_name(after) == "add" and before in after.args and len(before.users) == 1
 
 
 def _refusal(rejection: Rejection) -> str:

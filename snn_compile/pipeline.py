@@ -40,6 +40,7 @@ from snn_compile.passes.fold_threshold import fold_threshold
 from snn_compile.passes.functionalize import functionalize
 from snn_compile.passes.fuse_consumers import fuse_consumers
 from snn_compile.passes.fuse_producers import fuse_producers
+from snn_compile.passes.fuse_recurrences import Traced, fuse_recurrences
 from snn_compile.passes.grow_states import grow_states
 from snn_compile.passes.hoist import find_invariant, hoist
 from snn_compile.passes.hoist_creations import hoist_creations
@@ -69,6 +70,7 @@ COUNTERS = (
     "loops_chunked",
     "consumers_fused",
     "producers_fused",
+    "recurrences_fused",
     "batch_norms_folded",
     "thresholds_folded",
     "convolutions_replaced",
@@ -96,6 +98,7 @@ PASSES = (
     ("distribute", "strongly connected components become recurrences; pointwise neighbours join them"),
     ("batch_time", "a loop without a recurrence runs once over all steps"),
     ("convolutions_at_one_position", "a recurrence's convolution over its whole input becomes a product of matrices"),
+    ("fuse_recurrences", "independent recurrences over one time series become one"),
     ("lower", "a pointwise recurrence becomes one kernel, forward and backward"),
     ("unroll", "what is left becomes plain ops again, for Inductor"),
 )
@@ -319,7 +322,7 @@ def _batch_time(gm: fx.GraphModule, report: Report) -> None:
 
 
 def _lower(gm: fx.GraphModule, report: Report, dump: _Dump, config: Config) -> None:
-    grad_enabled = torch.is_grad_enabled()
+    found = {t.call: t.recurrence for t in _trace(gm, report, config)}
     for call, loop in _calls(gm):
         if loop.is_recurrent and not loop.is_kernel:
             count = replace_convolutions_at_one_position(loop.body)
@@ -330,11 +333,25 @@ def _lower(gm: fx.GraphModule, report: Report, dump: _Dump, config: Config) -> N
             elif count:
                 reason = "a state goes through a convolution from step to step: unrolled, as the product of matrices that it is"
                 report.rejections.append(Rejection(reason, call.name, loop.location, _step_from(loop)))
+        if call in found:
+            recurrence = found[call]
+            report.steps[recurrence.name] = loop.length
+            _describe(recurrence, call, loop)
+            dump.kernels(recurrence)
+            lower_loop(gm, call, loop, register(recurrence, targets.for_device), recurrence.backward is not None)
+            report.recurrences.append(recurrence)
+            counters["snn_compile"]["recurrences_lowered"] += 1
+
+
+def _trace(gm: fx.GraphModule, report: Report, config: Config) -> list[Traced]:
+    """The recurrences that can be kernels, those over one series fused."""
+    traced = []
+    for call, loop in _calls(gm):
         if not loop.is_kernel:
             continue
         try:
-            recurrence = make_recurrence(call, loop, grad_enabled)
-            target = targets.for_operands(call, recurrence.location)
+            recurrence = make_recurrence(call, loop, torch.is_grad_enabled())
+            recurrence.meta["target"] = targets.for_operands(call, recurrence.location).name
         except Reject as r:
             report.rejections.append(replace(r.rejection, location=r.rejection.location or loop.location))
             continue
@@ -342,12 +359,10 @@ def _lower(gm: fx.GraphModule, report: Report, dump: _Dump, config: Config) -> N
             count, refused = fold_threshold(gm, call, recurrence)
             counters["snn_compile"]["thresholds_folded"] += count
             report.rejections += refused
-        report.steps[recurrence.name] = loop.length
-        _describe(recurrence, call, loop, target.name)
-        dump.kernels(recurrence)
-        lower_loop(gm, call, loop, register(recurrence, targets.for_device), recurrence.backward is not None)
-        report.recurrences.append(recurrence)
-        counters["snn_compile"]["recurrences_lowered"] += 1
+        traced.append(Traced(call, recurrence, loop.length))
+    fused = fuse_recurrences(gm, traced)
+    counters["snn_compile"]["recurrences_fused"] += len(traced) - len(fused)
+    return fused
 
 
 def _lower_stepped(
@@ -369,10 +384,10 @@ def _lower_stepped(
     counters["snn_compile"]["recurrences_stepped"] += 1
 
 
-def _describe(recurrence: Recurrence, call: fx.Node, loop: Loop, target: str) -> None:
+def _describe(recurrence: Recurrence, call: fx.Node, loop: Loop) -> None:
     """What reports and the comments of kernels say about it."""
     operands = [example(a) for a in call.args]
-    recurrence.meta |= {"steps": loop.length, "target": target, "operands": operands}
+    recurrence.meta |= {"steps": loop.length, "operands": operands}
     shapes = zip(_specs(recurrence), map(shape_hint, operands), strict=True)
     sizes = [s[1:] if isinstance(o, TimeSeries) else s for o, s in shapes]
     recurrence.meta["shape"] = tuple(torch.broadcast_shapes(*sizes))

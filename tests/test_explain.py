@@ -71,7 +71,7 @@ def test_layers_one_after_another_are_no_steps() -> None:
 def numbers_that_change(x):
     v, out = torch.zeros_like(x[0]), []
     for t in range(len(x)):
-        v = v * 0.5 + x[t] * (0.1 * t)
+        v = v * 0.5 + x[t] ** (0.1 * t)
         v = torch.where(v > 1, 0.0, v)
         out.append(v)
     return torch.stack(out)
@@ -81,7 +81,7 @@ def test_refusal_names_the_line_and_what_to_change_once() -> None:
     found = snn_compile.explain(numbers_that_change)(torch.randn(6, 3))
     text = str(found)
     assert not found.recurrences
-    assert text.count("test_explain.py:") == 1 and "x[t] * (0.1 * t)" in text
+    assert text.count("test_explain.py:") == 1 and "x[t] ** (0.1 * t)" in text
     assert "to change: put the numbers into a tensor" in text
 
 

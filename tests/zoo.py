@@ -575,6 +575,26 @@ def accumulated(x):
 
 
 @case()
+def first_spikes_and_discounted_sum(x):
+    v, acc, first = torch.zeros_like(x[0]), torch.zeros_like(x[0]), torch.full_like(x[0], x.shape[0])
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        acc = acc + s * 0.9**t
+        first = torch.where((s > 0) & (first == x.shape[0]), t, first)
+    return acc, first
+
+
+@case()
+def two_populations(x):
+    v, u, out = torch.zeros_like(x[0]), torch.zeros_like(x[0]), []
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        u = 0.9 * u + x[t]
+        out.append(s)
+    return torch.stack(out), u
+
+
+@case()
 def accumulated_in_place(x):
     v, acc = torch.zeros_like(x[0]), 0
     for t in range(x.shape[0]):
