@@ -36,7 +36,7 @@ EFFECT_FREE = (*VIEWS, "view", torch.unbind, torch.full, torch.tensor)
 
 #: States of a recurrence up to which fusing was measured to gain, where it is differentiated and where it is not: each is
 #: a row of a block that stays in the innermost cache, beside the series' own.
-MOST_STATES = {True: 8, False: 4}
+MOST_STATES = {True: 8, False: 2}
 
 
 def fuse_recurrences(gm: fx.GraphModule, traced: Sequence[Traced]) -> list[Traced]:
