@@ -159,11 +159,14 @@ def _inline_constants(call: fx.Node, loop: Loop) -> None:
 
 
 def _shrink_initial_states(call: fx.Node, loop: Loop) -> None:
-    """``full([4, 8], 0.)`` that a state starts from is passed as ``full([], 0.)``: nothing to fill, to read or to save."""
-    lanes = {shape_hint(v)[1:] for v in map(example, loop.split(call.args)[1]) if isinstance(v, torch.Tensor)}
+    """``full([4, 8], 0.)`` that a state starts from is passed as ``full([], 0.)``: nothing to fill, to read or to save.
+
+    A size that is not known (``zeros_like(x[0])`` under `dynamic=True`) is compared as the expression that it is.
+    """
+    lanes = {str(tuple(v.shape[1:])) for v in map(example, loop.split(call.args)[1]) if isinstance(v, torch.Tensor)}
     for i, init in enumerate(call.args[: len(loop.carries)]):
         value = example(init)
-        if not isinstance(init, fx.Node) or (number := number_of(init)) is None or shape_hint(value) not in lanes:
+        if not isinstance(init, fx.Node) or (number := number_of(init)) is None or str(tuple(value.shape)) not in lanes:
             continue
         with call.graph.inserting_before(call):
             new = call.graph.call_function(torch.full, ((), number), {"dtype": value.dtype, "device": value.device})

@@ -38,7 +38,7 @@ def hoist_creations(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         number = _number(node)
         value = example(node)
-        if number is None or not _is_plain(node, value) or front is None:
+        if number is None or not _is_plain(node, value) or not all(isinstance(s, int) for s in value.shape) or front is None:
             continue
         memory_format = _memory_format(value)
         if memory_format is None:
@@ -62,7 +62,7 @@ def _number(node: fx.Node) -> int | float | bool | None:
 def _is_plain(node: fx.Node, value: object) -> bool:
     if not isinstance(value, torch.Tensor) or value.requires_grad or value.layout is not torch.strided:
         return False
-    if "out" in node.kwargs or node.kwargs.get("requires_grad") or not all(isinstance(s, int) for s in value.shape):
+    if "out" in node.kwargs or node.kwargs.get("requires_grad"):
         return False
     return not any(u.op == "output" or (is_write(u) and u.args[:1] == (node,)) for u in node.users)
 
@@ -84,8 +84,8 @@ def _create(graph: fx.Graph, value: torch.Tensor, number: float, memory_format: 
 
 
 def number_of(node: fx.Node) -> int | float | bool | None:
-    """The number that a constant tensor of `hoist_creations` is filled with; None for any other node."""
-    return _number(node) if node.target is torch.full else None
+    """The number that a new tensor is filled with, whatever its size; None for any other node, and where it is written into."""
+    return _number(node) if _is_plain(node, example(node)) else None
 
 
 def inline_creations(body: fx.GraphModule, operands: dict[fx.Node, object]) -> list[fx.Node]:
@@ -96,7 +96,7 @@ def inline_creations(body: fx.GraphModule, operands: dict[fx.Node, object]) -> l
     inlined = []
     like = next((p for p in operands if p.op == "placeholder" and p.users), None)
     for placeholder, operand in operands.items():
-        number = number_of(operand) if isinstance(operand, fx.Node) else None
+        number = number_of(operand) if isinstance(operand, fx.Node) and operand.target is torch.full else None
         value = example(placeholder)
         if number is None or like is None or like is placeholder or example(like).shape != value.shape:
             continue
