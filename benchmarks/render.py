@@ -54,8 +54,16 @@ def curves() -> str:
 
 
 def document() -> str:
-    names = ("first_call", "networks_cpu", "stepped_cpu", "open_neuromorphic_cpu", "neurons_cpu", "memory_cpu")
-    first, networks, stepped, layer, neurons, memory = map(read, names)
+    names = (
+        "first_call",
+        "networks_cpu",
+        "stepped_cpu",
+        "spike_products_cpu",
+        "open_neuromorphic_cpu",
+        "neurons_cpu",
+        "memory_cpu",
+    )
+    first, networks, stepped, products, layer, neurons, memory = map(read, names)
     columns = ["framework", "first_call_s", "step_ms", "speed_vs_eager"]
     return f"""# Benchmarks
 
@@ -70,6 +78,8 @@ Triton kernels are compiled and read (`benchmarks/results/triton_assembly.csv`),
 ## Single neurons, against T and N
 
 ![a LIF layer against T and N](pictures/lif.png)
+
+What was slow and why, and floors: [results/NOTES.md](../benchmarks/results/NOTES.md).
 
 `equal_spikes`: the share of spikes equal to eager's. `of_copy`: the bytes that the equations need to move (training: x, spikes,
 cotangent, gradient, x again; inference: x, spikes) over the time, relative to a copy of x in the same run. Below a few megabytes
@@ -89,7 +99,12 @@ the copy stays in the cache, which arithmetic cannot keep up with.
 
 Recurrent layers with `step_from=4`. Inductor is left out where its compilation takes very long.
 
-{markdown(stepped, ["recurrence", *columns])}
+{markdown(stepped, ["recurrence", *columns, "spikes_per_step"])}
+
+A product of spikes and a weight, beside the sum of the rows of the weight whose spike is 1, which has the same bits. A recurrence
+takes the sum for up to a quarter of ones.
+
+{markdown(products, ["rows, depth, columns", "share of ones", "product_us", "rows_us", "rows_are_faster_by"])}
 
 ## Open Neuromorphic's layer
 

@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NAMES = ("neurons", "networks", "stepped", "open_neuromorphic", "lif_training", "first_call", "memory", "loss_curves")
+NAMES = (
+    *("neurons", "networks", "stepped", "spike_products", "open_neuromorphic"),
+    *("lif_training", "first_call", "memory", "loss_curves"),
+)
 
 
 def main() -> None:
