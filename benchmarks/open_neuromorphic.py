@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import _harness as h
 import torch
+from neurons import Steps
 from torch import Tensor, nn
 
 from snn_compile import neuron
@@ -54,31 +55,16 @@ def spikingjelly(n: int) -> Model:
 def snntorch(n: int) -> Model:
     import snntorch
 
-    linear, lif = nn.Linear(n, n), snntorch.Leaky(beta=0.95)
-
-    def step(x: Tensor) -> Tensor:
-        membrane, spikes = lif.init_leaky(), []
-        for current in linear(x):
-            spike, membrane = lif(current, membrane)
-            spikes.append(spike)
-        return torch.stack(spikes)
-
-    return step, nn.ModuleList([linear, lif])
+    lif = snntorch.Leaky(beta=0.95)
+    model = nn.Sequential(nn.Linear(n, n), Steps(lif, lif.init_leaky))
+    return model, model
 
 
 def norse(n: int) -> Model:
     import norse.torch as norse
 
-    linear, lif = nn.Linear(n, n), norse.LIFBoxCell()
-
-    def step(x: Tensor) -> Tensor:
-        state, spikes = None, []
-        for current in linear(x):
-            spike, state = lif(current, state)
-            spikes.append(spike)
-        return torch.stack(spikes)
-
-    return step, nn.ModuleList([linear, lif])
+    model = nn.Sequential(nn.Linear(n, n), Steps(norse.LIFBoxCell()))
+    return model, model
 
 
 def sinabs(n: int) -> Model:

@@ -97,7 +97,7 @@ the copy stays in the cache, which arithmetic cannot keep up with.
 
 ## Recurrences that are more than pointwise
 
-Recurrent layers with `step_from=4`. Inductor is left out where its compilation takes very long.
+Inductor is left out where its compilation takes very long.
 
 {markdown(stepped, ["recurrence", *columns, "spikes_per_step"])}
 

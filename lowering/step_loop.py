@@ -210,7 +210,7 @@ class _Assembler:
     def _spike_product(self, *operands: int) -> SpikeProduct | None:
         """Of values that were spikes in the step watched, and of a weight that is the same in all steps."""
         start, spikes, weight = (None, *map(self.values.__getitem__, operands))[-3:]
-        if operands[-1] in self.varying or not bool(((spikes == 0) | (spikes == 1)).all()):
+        if operands[-1] in self.varying or not spike_product.are_spikes(spikes):
             return None
         plan = spike_product.plan(spikes, weight, start)
         if plan is None:

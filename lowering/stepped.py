@@ -62,9 +62,7 @@ def run_stepped(r: SteppedRecurrence, target: Target, operands: Sequence[Tensor]
         places = Places(zip(wanted, views, strict=True), runner.written)
         plan = Steps(range(steps), list(enumerate(series, n)), places, list(enumerate(out[:n])))
         carries = runner.run(values, inits, plan)
-        finals = [
-            c.clone(memory_format=torch.contiguous_format) for c, spec in zip(carries, r.carries, strict=True) if spec.is_result
-        ]
+        finals = [_new(c) for c, spec in zip(carries, r.carries, strict=True) if spec.is_result]
     ys = [k if y.time_dim == 0 else k.movedim(0, y.time_dim).contiguous() for k, y in zip(kept, r.ys, strict=False)]
     return [*ys, *finals, *kept[m:]]
 

@@ -78,10 +78,7 @@ def _series(traced: Traced) -> dict[object, torch.Tensor]:
 
 
 def _lanes(traced: Traced) -> tuple[int, ...]:
-    """The recurrence's shape."""
-    inits, xs, consts = traced.recurrence.split(traced.call.args)
-    shapes = [shape_hint(example(x))[1:] for x in xs] + [shape_hint(example(o)) for o in (*inits, *consts)]
-    return tuple(torch.broadcast_shapes(*shapes))
+    return traced.recurrence.shape_hint([example(a) for a in traced.call.args])
 
 
 def _strides(traced: Traced, lanes: tuple[int, ...]) -> list[int] | None:

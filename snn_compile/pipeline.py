@@ -18,9 +18,9 @@ from snn_compile.config import Config
 from snn_compile.errors import Reject, Rejection
 from snn_compile.ir.equations import equations
 from snn_compile.ir.loop import Loop
-from snn_compile.ir.recurrence import Recurrence, TimeSeries
+from snn_compile.ir.recurrence import Recurrence
 from snn_compile.ir.stepped import SteppedRecurrence
-from snn_compile.ir.values import base_name, example, flat_nodes, shape_hint
+from snn_compile.ir.values import base_name, example, flat_nodes
 from snn_compile.lowering import ops, targets
 from snn_compile.lowering.by_channel import suits_channels
 from snn_compile.lowering.kernel_texts import kernel_texts, stepped_texts
@@ -388,14 +388,8 @@ def _describe(recurrence: Recurrence, call: fx.Node, loop: Loop) -> None:
     """What reports and the comments of kernels say about it."""
     operands = [example(a) for a in call.args]
     recurrence.meta |= {"steps": loop.length, "operands": operands}
-    shapes = zip(_specs(recurrence), map(shape_hint, operands), strict=True)
-    sizes = [s[1:] if isinstance(o, TimeSeries) else s for o, s in shapes]
-    recurrence.meta["shape"] = tuple(torch.broadcast_shapes(*sizes))
+    recurrence.meta["shape"] = recurrence.shape_hint(operands)
     recurrence.equations = tuple(map(str, equations(recurrence)))
-
-
-def _specs(recurrence: Recurrence) -> tuple[object, ...]:
-    return (*recurrence.carries, *recurrence.xs, *recurrence.consts)
 
 
 def _finish(gm: fx.GraphModule) -> None:

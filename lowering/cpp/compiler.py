@@ -36,6 +36,12 @@ def load(text: str) -> ctypes.CDLL:
     return _Compiled.cache().load(text, extra_flags=flags())
 
 
+def libtorch() -> ctypes.CDLL | None:
+    """The library of torch's CPU ops, where it is a file of its own."""
+    libraries = glob.glob(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.*"))
+    return ctypes.CDLL(libraries[0]) if libraries else None
+
+
 def missing() -> str | None:
     """Why nothing can be compiled here, in words."""
     from torch._inductor import exc
@@ -88,10 +94,9 @@ def _sleef_flags() -> list[str]:
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     lanes = {512: "eN16v", 256: "dN8v"}.get(pick_vec_isa().bit_width() if pick_vec_isa() else 0)
-    libraries = glob.glob(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so"))
-    if lanes is None or not libraries:
+    library = libtorch()
+    if lanes is None or library is None:
         return []
-    library = ctypes.CDLL(libraries[0])
     needed = [f"_ZGV{lanes}_Sleef_expf_u10", "_ZGVdN8v_Sleef_expf_u10", "Sleef_expf8_u10"]
     wide = ["-mprefer-vector-width=512"] if lanes == "eN16v" else []
     return ["-DSLEEF", *wide] if all(hasattr(library, symbol) for symbol in needed) else wide

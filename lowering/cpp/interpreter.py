@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import glob
-import os
 from collections.abc import Sequence
 
 import torch
@@ -201,9 +199,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 @functools.cache
 def torch_functions() -> Torch | None:
     """What libtorch offers to C, or None (private to PyTorch, if stable across versions; tested on 2.11, 2.13 and 2.15)."""
-    libraries = glob.glob(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.*"))
     try:
-        return Torch(ctypes.CDLL(libraries[0])) if libraries else None
+        library = compiler.libtorch()
+        return Torch(library) if library is not None else None
     except (OSError, AttributeError):
         return None
 

@@ -187,6 +187,11 @@ def load() -> ctypes.CDLL:
     return library
 
 
+def are_spikes(values: Tensor) -> bool:
+    """Zeros and ones, nothing else."""
+    return bool(((values == 0) | (values == 1)).all())
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether no element is infinite or NaN: a sum of rows leaves out what would be NaN, times 0. (False where they overflow.)"""
     return bool(tensor.sum().isfinite())
@@ -214,10 +219,9 @@ def _block(rows: int, depth: int, columns: int, stride: tuple[int, ...], has_sta
     start = torch.empty(columns).normal_(generator=random) if has_start else None
     trials = [(torch.rand(rows, depth, generator=random) < share).float() for share in (0.1, 0.5, 0.9)]
     expected = [torch.mm(s, weight) if start is None else torch.addmm(start, s, weight) for s in trials]
-    half = -(-depth // 2 // WIDTH) * WIDTH
+    given, half = weight.contiguous(), -(-depth // 2 // WIDTH) * WIDTH
     for block in dict.fromkeys(min(b, depth) for b in (depth, half, 192, 256, 320, 336, 384, 512)):
         product = Product(rows, depth, columns, block, rows * depth, threads)
-        given = weight.contiguous()
         if all(torch.equal(_run(product, s, given, start), e) for s, e in zip(trials, expected, strict=True)):
             return block
     return 0
@@ -238,7 +242,7 @@ def sum_outer(spikes: Tensor, g: Tensor) -> Tensor | None:
     if depth % WIDTH or columns % WIDTH or columns < FEWEST_COLUMNS or rows < BLOCK:
         return None
     sample = spikes[:: rows // 256]
-    if not bool(((sample == 0) | (sample == 1)).all()) or float(sample.mean()) > MOST_OUTER or not is_finite(g):
+    if not are_spikes(sample) or float(sample.mean()) > MOST_OUTER or not is_finite(g):
         return None
     product = Product(rows, depth, columns, BLOCK, 0, torch.get_num_threads())
     out = torch.zeros(depth, columns)

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from snn_compile.ir.values import shape_hint
+
 
 @dataclass(frozen=True)
 class Carry:
@@ -146,6 +148,11 @@ class Recurrence(Signature):
         if all(s == widest or not s for s in shapes):  # the usual case, and cheaper than PyTorch's own function
             return widest
         return torch.broadcast_shapes(*shapes)
+
+    def shape_hint(self, operands: Sequence[torch.Tensor]) -> tuple[int, ...]:
+        """`shape`, of examples whose sizes may be symbolic, without adding a guard."""
+        inits, xs, consts = self.split(operands)
+        return tuple(torch.broadcast_shapes(*(shape_hint(x)[1:] for x in xs), *map(shape_hint, (*inits, *consts))))
 
     def __call__(self, *operands: torch.Tensor, steps: int) -> tuple[torch.Tensor, ...]:
         """The meaning of the recurrence: run it step by step with eager ATen (not differentiable)."""
