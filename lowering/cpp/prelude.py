@@ -136,6 +136,36 @@ static inline void prefetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
 }
 """),
+    "team": Helper("""
+template <int64_t N>
+struct Constant {
+  constexpr operator int64_t() const { return N; }
+};
+
+// Threads that share the rows of a block of channels. Each adds up its rows; then all of them have the sums, and the same ones.
+struct Team {
+  int64_t member, members;
+  double* sums;
+  int64_t half;  // of them; the other one is still being read
+
+  template <typename... Array>
+  void add(Array&... arrays) {
+    if (members == 1) return;
+    constexpr int64_t count = sizeof...(arrays), size = (0 + ... + sizeof(Array)) / sizeof(double), each = size / count;
+    double* const now = sums;
+    double* own[] = {arrays...};
+    for (int64_t k = 0; k < size; ++k) now[member * size + k] = own[k / each][k % each];
+#pragma omp barrier
+    for (int64_t k = 0; k < size; ++k) {
+      double sum = 0.0;
+      for (int64_t other = 0; other < members; ++other) sum += now[other * size + k];
+      own[k / each][k % each] = sum;
+    }
+    sums += half;
+    half = -half;
+  }
+};
+"""),
     "integer_power": Helper("""
 static inline int64_t integer_power(int64_t base, int64_t exponent) {
   if (exponent < 0) return base == 1 ? 1 : base == -1 ? 1 - 2 * (exponent & 1) : 0;
