@@ -15,7 +15,6 @@ import torch
 from torch import fx
 
 from snn_compile.ir.stepped import SteppedRecurrence
-from snn_compile.lowering.by_channel import may_be_channels_last
 from snn_compile.lowering.channels_last import is_channels_last
 from snn_compile.lowering.registration import (
     GENERATOR_VERSION,
@@ -68,7 +67,6 @@ def _define(name: str, r: SteppedRecurrence, target_for: TargetFor) -> None:
         f"({operands}, SymInt steps) -> ({', '.join(['Tensor'] * n_given)})",
         lambda *a: one_or_tuple(run_stepped(r, target_for(a[0].device), a[:-1], a[-1])),
         lambda *a: one_or_tuple(allocate_stepped(r, a[:-1], a[-1])),
-        follows_layout=may_be_channels_last(r),
     )
     if r.backward is None:
         return
@@ -88,7 +86,6 @@ def _define(name: str, r: SteppedRecurrence, target_for: TargetFor) -> None:
         f"({optional}{kept}{cts}, SymInt steps) -> ({', '.join(['Tensor'] * n_grads)})",
         run,
         lambda *a: one_or_tuple(allocate_stepped_gradients(r, a[:n_operands], a[n_operands:n_saved], a[-1])),
-        follows_layout=may_be_channels_last(r),
     )
     _register_autograd(name, r, n_results)
 

@@ -22,7 +22,7 @@ from snn_compile.lowering.launch import Target, allocate_gradients, allocate_res
 
 NAMESPACE = "snn_compile"
 #: Bump when generated code or the layout of results changes meaning: part of every op name, which caches go by.
-GENERATOR_VERSION = 6
+GENERATOR_VERSION = 7
 
 TargetFor = Callable[[torch.device], Target]
 
@@ -111,11 +111,8 @@ def _define(name: str, recurrence: Recurrence, target_for: TargetFor) -> None:
     _register_autograd(name, recurrence)
 
 
-def define_op(name: str, schema: str, run: Callable, fake: Callable, follows_layout: bool = True) -> None:  # type: ignore[type-arg]
-    """`follows_layout`: takes operands as they lie in memory - convolutions of Inductor's give them channels-last -, and its
-    results are laid out like them; otherwise Inductor copies operands that lie in another way than in the trace."""
-    layout = torch.Tag.flexible_layout if follows_layout else torch.Tag.needs_exact_strides
-    tags = [torch.Tag.pt2_compliant_tag, layout]
+def define_op(name: str, schema: str, run: Callable, fake: Callable) -> None:  # type: ignore[type-arg]
+    tags = [torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides]
     library.define(name + schema, tags=tags)
     library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)

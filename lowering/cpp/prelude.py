@@ -100,6 +100,10 @@ def _transcendental(name: str, real: str) -> Helper:
     parameters = ", ".join(f"{real} {c}" for c in "xy"[:arity])
     arguments = ", ".join("xy"[:arity])
     splats = ", ".join(f"{c} - {lanes}{{}}" for c in "xy"[:arity])
+    count = 4 if real == "float" else 2
+    few = f"{name}_few_{real}s"
+    filled = ", ".join(f"{lanes}{{{', '.join(f'{c}[{i}]' for i in range(count))}}}" for c in "xy"[:arity])
+    picked = ", ".join(f"all[{i}]" for i in range(count))
     return Helper(
         f"""
 #ifdef SLEEF  // libtorch_cpu holds the vector variants, which eager calls too; the scalar one is a lane of a vector
@@ -110,6 +114,12 @@ typedef {real} {lanes} __attribute__((vector_size(32)));
 {lanes} {vector}({", ".join([lanes] * arity)});
 __attribute__((used, visibility("hidden"))) {real} {name}_{real}({parameters}) {{ return {vector}({splats})[0]; }}
 asm(".set {scalar}, {name}_{real}");
+typedef {real} {few} __attribute__((vector_size(16)));  // of the last lanes of a row, which libtorch_cpu does not have
+{few} {name}_few_{real}({", ".join(f"{few} {c}" for c in "xy"[:arity])}) asm("_ZGVbN{count}{"v" * arity}_{scalar}");
+__attribute__((used, visibility("hidden"))) {few} {name}_few_{real}({", ".join(f"{few} {c}" for c in "xy"[:arity])}) {{
+  const {lanes} all = {vector}({filled});
+  return {few}{{{picked}}};
+}}
 }}
 static inline {real} v{name}({parameters}) {{ return {scalar}({arguments}); }}
 #else
