@@ -47,8 +47,8 @@ def arranged(value: Tensor, dim: int, channels_last: bool, timed: bool = False) 
     if value.dim() - timed != dim:
         return value.contiguous()
     if not timed and not any(value.stride()) and value.numel():
-        row = value[0].reshape(value.shape[1], -1)[:, 0].view(-1, *(1,) * (dim - 2)) if channels_last else value[0, 0]
-        return row.contiguous().expand(value.shape)
+        shape = (value.shape[1], *(1,) * (dim - 2)) if channels_last else value.shape[2:]
+        return value.as_strided(shape, (0,) * len(shape)).contiguous().expand(value.shape)
     if fits(value, dim, channels_last, timed):
         return value
     return empty_arranged(value.shape, value, channels_last, timed).copy_(value)

@@ -4,7 +4,8 @@
 
 Inductor runs convolutions on CPU channels-last in any case, and turns their results back for every op that wants eager's layout -
 such as a kernel of ours, and all that autograd saves. Here the values between convolutions keep it, and what leaves them has
-eager's layout again. Nothing but layout changes.
+eager's layout again. Nothing but layout changes. Max pooling between them is ATen's where it is differentiated
+(`lowering/max_pool`).
 
 Does not fire: on other devices, where no kernel of ours reads a convolution, on values that are channels-last in eager.
 """
@@ -18,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from snn_compile.ir.values import example, is_getitem, known_int
+from snn_compile.lowering.max_pool import max_pool2d
 from snn_compile.lowering.registration import NAMESPACE
-from snn_compile.passes.emit import emit
+from snn_compile.passes.emit import emit, emit_function
 
 CONVOLUTIONS = {torch.conv2d, F.conv2d}
 #: Give a result in the layout of their first operand.
@@ -47,10 +49,10 @@ def channels_last(graph: fx.Graph) -> int:
     if not _inductor_prefers_it():
         return 0
     chosen = [n for n in graph.nodes if _is_convolution(n) and _reaches_kernel(n)]
-    for node in chosen:
-        with graph.inserting_before(node):
-            node.update_arg(0, _to_channels_last(graph, node.args[0]))
-    _restore_at_exits(graph, set(chosen))
+    inside = _inside(graph, {_make_channels_last(graph, node) for node in chosen})
+    _restore_at_exits(graph, inside)
+    for node in inside:
+        _pool_as_aten(graph, node)
     return len(chosen)
 
 
@@ -68,8 +70,10 @@ def _is_convolution(node: fx.Node) -> bool:
     x, y = example(node.args[0]), example(node)
     if not isinstance(x, Tensor) or not isinstance(y, Tensor) or y.dim() != 4 or y.device.type != "cpu":
         return False
-    is_known = None not in [known_int(s) for s in (*x.shape, *y.shape)]
-    return is_known and bool(y.is_contiguous()) and y[0].numel() > y.shape[1] > 1
+    if None in [known_int(s) for s in (*x.shape, *y.shape)]:
+        return False
+    assert isinstance(y, Tensor)
+    return y.is_contiguous() and y[0].numel() > y.shape[1] > 1
 
 
 def _reaches_kernel(node: fx.Node) -> bool:
@@ -91,7 +95,7 @@ def _is_kernel(node: fx.Node) -> bool:
 
 def _keeps_layout(node: fx.Node) -> bool:
     if node.op == "call_method":
-        return (node.target == "flatten" and node.args[1:] == (0, 1)) or (node.target == "unflatten" and node.args[1] == 0)
+        return (node.target, node.args[1]) == ("unflatten", 0) or (node.target, node.args[1:]) == ("flatten", (0, 1))
     if node.op != "call_function":
         return False
     operands = [example(a) for a in node.args if isinstance(a, fx.Node)]
@@ -99,26 +103,36 @@ def _keeps_layout(node: fx.Node) -> bool:
     of_same_shape = len(shapes) == 1 or node.target not in (torch.add, torch.mul, operator.add, operator.mul)
     if is_getitem(node):
         return isinstance(node.args[0], fx.Node) and _is_kernel(node.args[0])
-    return (node.target in _KEEPS_LAYOUT and of_same_shape) or _is_kernel(node)
+    return _is_kernel(node) or (node.target in _KEEPS_LAYOUT and of_same_shape)
 
 
-def _to_channels_last(graph: fx.Graph, x: fx.Node) -> fx.Node:
-    value = example(x)
-    assert isinstance(value, Tensor)
-    if value.shape[1] > 1:
-        return emit(graph, "call_method", "contiguous", (x,), {"memory_format": torch.channels_last})
-    # one channel lies in memory in both ways: strides decide what an op takes it for
-    n, _, *space = value.shape
-    return emit(graph, "call_method", "permute", (emit(graph, "call_method", "reshape", (x, n, *space, 1), {}), 0, 3, 1, 2), {})
+def _make_channels_last(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """The convolution's result, channels-last."""
+    last = {"memory_format": torch.channels_last}
+    image = node.args[0]
+    if example(image).shape[1] > 1:  # type: ignore[union-attr]
+        with graph.inserting_before(node):
+            node.update_arg(0, emit(graph, "call_method", "contiguous", (image,), last))
+        return node
+    # an image of one channel lies in memory in both ways, and an op takes it for the usual one
+    with graph.inserting_after(node):
+        new = emit(graph, "call_method", "contiguous", (node,), last)
+    node.replace_all_uses_with(new, lambda user: user is not new)
+    return new
 
 
-def _restore_at_exits(graph: fx.Graph, convolutions: set[fx.Node]) -> None:
+def _inside(graph: fx.Graph, starts: set[fx.Node]) -> dict[fx.Node, None]:
+    """Convolutions' results, and what follows them channels-last, in order."""
+    inside: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        if node in starts or (_keeps_layout(node) and any(a in inside for a in node.all_input_nodes)):
+            inside[node] = None
+    return inside
+
+
+def _restore_at_exits(graph: fx.Graph, inside: dict[fx.Node, None]) -> None:
     """Ops that may depend on the layout see eager's."""
-    inside: set[fx.Node] = set()
-    for node in list(graph.nodes):
-        if node in convolutions or (_keeps_layout(node) and any(a in inside for a in node.all_input_nodes)):
-            inside.add(node)
-    for node in [n for n in graph.nodes if n in inside]:
+    for node in inside:
         value = example(node)
         exits = [u for u in node.users if u not in inside and u.target != "copy_"]
         if not exits or not isinstance(value, Tensor) or value.dim() < 4:
@@ -127,3 +141,13 @@ def _restore_at_exits(graph: fx.Graph, convolutions: set[fx.Node]) -> None:
             restored = emit(graph, "call_method", "contiguous", (node,), {})
         for user in exits:
             user.replace_input_with(node, restored)
+
+
+def _pool_as_aten(graph: fx.Graph, node: fx.Node) -> None:
+    value = example(node)
+    if node.target not in (F.max_pool2d, torch.max_pool2d) or not isinstance(value, Tensor) or not value.requires_grad:
+        return
+    with graph.inserting_before(node):
+        new = emit_function(graph, max_pool2d, node.args, node.kwargs)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
