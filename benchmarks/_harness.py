@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 from _device import CPU, SUFFIX, Clock, chosen, machine, synchronize
-from _gate import Agreement, Limits, Refused, require_compiled
+from _gate import Agreement, Limits, Refused, compiled
 from _results import markdown, read, write
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -25,6 +25,8 @@ T = TypeVar("T")
 REQUIRED = ("eager", "snn")
 #: of a row; after `SECONDS`, no more than the fewest, which is enough for a median with a spread
 ROUNDS, FEWEST_ROUNDS, SECONDS = {"cpu": 7, "cuda": 25}, 3, 10.0
+#: seconds of a call from which on what the last one left in the caches is nothing
+LONG = 1.0
 
 
 def first_call(step: Callable[[], T], device: torch.device = CPU) -> tuple[T, float]:
@@ -43,6 +45,8 @@ class Contest:
     steps: dict[str, Callable[[], object]] = field(default_factory=dict)
     first: dict[str, float] = field(default_factory=dict)
     agreement: dict[str, Agreement] = field(default_factory=dict)
+    #: what the backend made of the row
+    compiled: str = ""
     #: peers without a time, and why
     missing: dict[str, str] = field(default_factory=dict)
 
@@ -50,7 +54,8 @@ class Contest:
         """A CSV row of each contestant; a peer that did not run has empty cells for its `values(framework)`."""
         empty = dict.fromkeys(values("eager"), "")
         cells = {**{name: values(name) for name in self.first}, **dict.fromkeys(self.missing, empty)}
-        return [{**row, "framework": name, **found, **machine(self.device)} for name, found in cells.items()]
+        about = {name: {"compiled": self.compiled if name == "snn" else "", **machine(self.device)} for name in cells}
+        return [{**row, "framework": name, **found, **about[name]} for name, found in cells.items()]
 
 
 def contest(makers: Mapping[str, Callable[[], Step]], device: torch.device, limits: Limits, who: str) -> Contest:
@@ -73,7 +78,7 @@ def contest(makers: Mapping[str, Callable[[], Step]], device: torch.device, limi
         if expected is None:
             expected = results
         made.steps[name], made.first[name], made.agreement[name] = step, first, Agreement.of(results, expected)
-    require_compiled(who)
+    made.compiled = compiled(who)
     made.agreement["snn"].require(limits, f"{who}, snn")
     return made
 
@@ -89,7 +94,8 @@ def interleaved(
         if done >= FEWEST_ROUNDS and time.perf_counter() - start > SECONDS:
             break
         for name, function in functions.items():
-            function()  # the caches and the allocator hold this function's data, not the last one's
+            if not done or times[name][-1] < LONG:
+                function()  # the caches and the allocator hold this function's data, not the last one's
             times[name].append(clock(function))
     return times
 

@@ -56,9 +56,12 @@ class Row:
         return (self.steps, batch, CHANNELS, *IMAGE)
 
     def limits(self, device: torch.device) -> Limits:
-        """Bit for bit, but for a GPU's `exp` and sums; gradients are rounded to 16 bits once, and by eager in every op."""
-        rounded = device.type == "cuda" and self.neuron in ("EIFNode", "MPBNLIFNode")
-        return Limits(equal=0.999 if rounded else 1.0, gradient=1e-3 if self.dtype == torch.float32 and not rounded else 5e-2)
+        """Bit for bit, but for a GPU's `exp` and the sums of batch norm, which Inductor has where T is small; gradients are
+        rounded to 16 bits once, and by eager in every op."""
+        exact = Limits(gradient=1e-3 if self.dtype == torch.float32 else 5e-2)
+        if self.neuron == "MPBNLIFNode":
+            return Limits(equal=0.98, gradient=5e-2)
+        return Limits(equal=0.999, gradient=5e-2) if self.neuron == "EIFNode" and device.type == "cuda" else exact
 
 
 class Steps(nn.Module):

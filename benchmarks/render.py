@@ -5,11 +5,20 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+from _gate import NOTHING
 from _results import markdown, picture, read, where
 
 ROOT = Path(__file__).parent.parent
 README, DOCUMENT = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 START, STOP = "<!-- measured -->", "<!-- /measured -->"
+
+
+def table(name: str, columns: list[str]) -> str:
+    """The rows of a file; a row of ours that Inductor ran says so."""
+    rows = read(name)
+    for row in (r for r in rows if r.get("compiled") == NOTHING):
+        row["framework"] += f" ({NOTHING})"
+    return markdown(rows, columns)
 
 
 def layer_table() -> str:
@@ -64,7 +73,7 @@ def neurons(device: str) -> str:
 `equal_spikes`: the share of spikes equal to eager's. `of_copy`: the bytes that the equations need to move (training: x, spikes,
 cotangent, gradient, x again; inference: x, spikes) over the time, relative to the bandwidth of a copy in the same run.{uses}
 
-{markdown(read(f"neurons_{device}"), columns)}
+{table(f"neurons_{device}", columns)}
 """
 
 
@@ -74,7 +83,7 @@ def networks(device: str) -> str:
 
 `equal_outputs` under 1: layers that run over all steps at once sum in another order, which moves a spike now and then.
 
-{markdown(read(f"networks_{device}"), columns)}
+{table(f"networks_{device}", columns)}
 """
 
 
@@ -82,7 +91,7 @@ def stepped(device: str) -> str:
     columns = ["recurrence", "framework", "first_call_s", "step_ms", "speed_vs_eager", "spikes_per_step"]
     return f"""Inductor is left out where its compilation takes very long.
 
-{markdown(read(f"stepped_{device}"), columns)}
+{table(f"stepped_{device}", columns)}
 """
 
 
@@ -92,7 +101,7 @@ def open_neuromorphic(device: str) -> str:
 surrogate (`benchmarks/open_neuromorphic.py`); Spyx is compiled by XLA. The three products of matrices are the same work in all of
 them.
 
-{markdown(read(f"open_neuromorphic_{device}"), columns)}
+{table(f"open_neuromorphic_{device}", columns)}
 """
 
 
@@ -103,7 +112,7 @@ and a GiB.
 
 ![peak memory against T](pictures/{picture("memory", device)}.png)
 
-{markdown(read(f"memory_{device}"), ["work", "framework", "T", "peak_MiB"])}
+{table(f"memory_{device}", ["work", "framework", "T", "peak_MiB"])}
 """
 
 

@@ -54,9 +54,20 @@ def test_limits_are_those_of_the_row():
     assert contest(Limits(gradient=0.1), snn=maker(SPIKES, GRADIENT * 1.01)).agreement["snn"].gradient == pytest.approx(0.01)
 
 
-def test_inductor_under_our_name_is_refused():
-    with pytest.raises(Refused, match="changed no loop"):
-        contest(snn=maker(SPIKES, GRADIENT, compiles=False))
+def test_inductor_under_our_name_is_said():
+    values = lambda framework: {"median_ms": "1"}  # noqa: E731
+    for compiles, said in ((True, "1 kernels"), (False, "left to Inductor")):
+        rows = contest(snn=maker(SPIKES, GRADIENT, compiles=compiles)).rows({"row": "LIF"}, values)
+        assert [r["compiled"] for r in rows] == ["", said]
+
+
+def test_a_failed_pass_is_refused():
+    def make():
+        counters["snn_compile"]["pass_failures"] += 1
+        return lambda: [SPIKES, GRADIENT]
+
+    with pytest.raises(Refused, match="a pass failed"):
+        contest(snn=make)
 
 
 def test_a_wrong_peer_is_written_down():

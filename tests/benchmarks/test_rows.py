@@ -15,7 +15,8 @@ import open_neuromorphic
 import pytest
 import stepped
 import torch
-from torch import nn
+from network_models import ConvNorm, MakeNeuron, SpikingJellyLIF, multi_step_lif
+from torch import Tensor, nn
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 STEPS = 4
@@ -45,7 +46,8 @@ def test_neurons(fresh, row):
     found = neurons.measure(row.name, row, CPU)
     assert {"eager", "snn"} <= set(frameworks(found))
     ours = next(r for r in found if r["framework"] == "snn")
-    assert float(ours["median_ms"]) > 0 and float(ours["of_copy"]) > 0
+    assert float(ours["median_ms"]) > 0 and ours["of_copy"]
+    assert ours["compiled"] == ("left to Inductor" if row.neuron.startswith("MPBN") else "1 kernels")  # (few steps with sums)
 
 
 def test_bytes_moved_are_those_of_the_plan(fresh):
@@ -57,12 +59,24 @@ def test_bytes_moved_are_those_of_the_plan(fresh):
     assert neurons.bytes_moved([], dataclasses.replace(row, training=False), x) == 2 * x.nbytes
 
 
+class TwoLayers(nn.Sequential):
+    """Convolution, batch norm, neuron, and their rates: the parts of the residual network, as deep as a test can wait for."""
+
+    def __init__(self, neuron: MakeNeuron = lambda: multi_step_lif) -> None:
+        super().__init__(ConvNorm(neuron, 1, 4), ConvNorm(neuron, 4, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).mean((0, 3, 4))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_networks(fresh, autocast):
-    make = lambda: networks.Convolutional(8)  # noqa: E731
-    network = networks.Network(make, (STEPS, 2, 1, 8, 8), autocast=autocast, training=autocast is None, peer=make)
-    assert frameworks(networks.measure("conv net", network, CPU)) == ["eager", "inductor", "snn", "spikingjelly"]
+@pytest.mark.parametrize("training, autocast", [(True, torch.bfloat16), (False, torch.float16)])
+def test_networks(fresh, training, autocast):
+    peer = lambda: TwoLayers(SpikingJellyLIF)  # noqa: E731
+    network = networks.Network(TwoLayers, (STEPS, 2, 1, 8, 8), training=training, autocast=autocast, peer=peer)
+    found = networks.measure("two layers", network, CPU)
+    assert frameworks(found) == ["eager", "inductor", "snn", "spikingjelly"]
+    assert next(r["compiled"] for r in found if r["framework"] == "snn").startswith("2 kernels")
 
 
 @pytest.mark.slow
