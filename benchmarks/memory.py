@@ -8,6 +8,7 @@ memory, reset before the call; each framework in a process of its own. GPU: `tor
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import subprocess
 import sys
@@ -68,6 +69,7 @@ def kilobytes(entry: str) -> int:
 def peak(call: Callable[[], object], device: torch.device) -> float:
     """MiB that a call takes beyond what is held before it."""
     call()
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -89,6 +89,7 @@ def spyx(n: int, x: Tensor) -> h.Step:
 
     if (jax.default_backend() == "cpu") != (x.device.type == "cpu"):
         raise RuntimeError(f"JAX runs on its {jax.default_backend()} here, not on {x.device.type}")
+    jax.config.update("jax_default_matmul_precision", "highest")  # (as in PyTorch; JAX would round to TF32 on a GPU)
     rngs = nnx.Rngs(0)
     model = spyx.nn.Sequential(nnx.Linear(n, n, rngs=rngs), spyx.nn.LIF((n,), beta=0.95, rngs=rngs))
     given = jax.numpy.asarray(x.cpu().numpy())

@@ -68,10 +68,13 @@ def neurons(device: str) -> str:
     columns = ["row", "framework", "first_call_s", "median_ms", "speed_vs_eager", "equal_spikes", "of_copy"]
     peer = next((r["implementation"] for r in read(f"neurons_{device}") if r.get("implementation")), "")
     uses = f" SpikingJelly's own implementation of a LIF neuron here: {peer}." if peer else ""
+    copied = {"cpu": "x; below a few megabytes it stays in the cache,\nwhich arithmetic cannot keep up with", "gpu": "a GiB"}[
+        device
+    ]
     return f"""![a LIF layer against T and N](pictures/{picture("lif", device)}.png)
 
 `equal_spikes`: the share of spikes equal to eager's. `of_copy`: the bytes that the equations need to move (training: x, spikes,
-cotangent, gradient, x again; inference: x, spikes) over the time, relative to the bandwidth of a copy in the same run.{uses}
+cotangent, gradient, x again; inference: x, spikes) over the time, relative to a copy in the same run of {copied}.{uses}
 
 {table(f"neurons_{device}", columns)}
 """
