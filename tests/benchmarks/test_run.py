@@ -11,7 +11,6 @@ import _device
 import _harness as h
 import _results
 import pytest
-import render
 import torch
 from _gate import Refused
 
@@ -69,17 +68,3 @@ def test_an_unknown_part_is_named():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "no part 'loss_curves' on cuda" in done.stderr
-
-
-def test_the_document_has_a_chapter_for_a_gpu_that_was_measured(results):
-    assert render.gpu() == "" and render.readme_gpu() == ""
-    about = {"machine": "NVIDIA H200, CUDA 13.0", "torch": "2.11.0", "date": "2026-11-21", "versions": "driver 580, triton 3.6.0"}
-    cells = {"framework": "snn", "first_call_s": "1.0", "step_ms": "2.00", "speed_vs_eager": "9.0", "equal_outputs": "1.000"}
-    absent = {**dict.fromkeys(cells, ""), "framework": "spikingjelly"}
-    _results.write("networks_gpu", [{"network": "SEW", **values, **about} for values in (cells, absent)])
-    chapter = render.gpu()
-    assert "NVIDIA H200, CUDA 13.0" in chapter and "driver 580" in chapter
-    assert "| SEW | snn | 1.0 | 2.00 | 9.0 | 1.000 |" in chapter
-    assert "| SEW | spikingjelly |  |  |  |  |" in chapter
-    assert "pictures/networks_gpu.png" in chapter and "Peak memory" not in chapter
-    assert "networks_gpu.png" in render.readme_gpu()
