@@ -63,7 +63,7 @@ types: setup
 accept: setup # (in one process: two must not rewrite one file)
 	@EXPECTTEST_ACCEPT=1 $(PY) -m pytest $(PYTEST_ARGS)
 
-# PARTS picks some of them, ALL=1 adds the longest runs: make bench-gpu PARTS="neurons networks"
+# PARTS picks some of them, ALL=1 adds the training curves and the longest first calls: make bench-gpu PARTS="neurons networks"
 PARTS ?=
 ALL ?=
 RUN := $(PY) benchmarks/run.py $(if $(ALL),--all)

@@ -16,7 +16,9 @@ from _device import SUFFIX, chosen
 HERE = Path(__file__).parent
 #: parts that measure any device, and those about the CPU's kernels and the compiler itself
 ANY_DEVICE = ("neurons", "networks", "stepped", "open_neuromorphic", "memory")
-CPU_ONLY = ("spike_products", "lif_training", "first_call", "loss_curves")
+CPU_ONLY = ("spike_products", "lif_training", "first_call")
+#: minutes, of which no speed comes: when it is named, or with `--all`
+LONG = ("loss_curves",)
 #: parts with longer runs behind `--all`
 HAVE_MORE = ("first_call",)
 
@@ -25,13 +27,14 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=SUFFIX, default="cpu")
     parser.add_argument("--all", action="store_true", help="the longest runs, too")
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(ANY_DEVICE + CPU_ONLY)}; without: all of them")
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(ANY_DEVICE + CPU_ONLY + LONG)}")
     args = parser.parse_args()
-    known = ANY_DEVICE + (CPU_ONLY if args.device == "cpu" else ())
+    usual = ANY_DEVICE + CPU_ONLY * (args.device == "cpu")
+    known = usual + LONG * (args.device == "cpu")
     for part in args.parts:
         if part not in known:
             parser.error(f"no part {part!r} on {args.device}; there are {', '.join(known)}")
-    args.parts = args.parts or known
+    args.parts = args.parts or (known if args.all else usual)
     return args
 
 
