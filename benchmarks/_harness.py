@@ -72,7 +72,7 @@ def contest(makers: Mapping[str, Callable[[], Step]], device: torch.device, limi
         except Exception as failure:
             if name in REQUIRED:
                 raise
-            made.missing[name] = f"{type(failure).__name__}: {str(failure).strip().splitlines()[:1]}"
+            made.missing[name] = f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
             print(f"{who}, {name}: no time, {made.missing[name]}", flush=True)
             continue
         if expected is None:
