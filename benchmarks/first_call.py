@@ -3,8 +3,8 @@
     python benchmarks/first_call.py [--all]
 
 Dynamo's trace is what its own clock says: all but the time inside of the backend. The first process starts with an empty cache
-and has compiled something else before; the second finds the caches warm. Inductor beside it up to T = 32. `snn_scan_s`: the
-whole first call of the same neuron written as a `scan`. `--all`: Inductor at T = 64, the second process beyond T = 256.
+and has compiled something else before; the second finds the caches warm. Inductor beside it at T = 8 and 32. `snn_scan_s`: the
+whole first call of the same neuron written as a `scan`. `--all`: Inductor at T = 16 and 64, the second process beyond T = 256.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512, 1024])
-    parser.add_argument("--inductor", type=int, nargs="*", default=[8, 16, 32])
+    parser.add_argument("--inductor", type=int, nargs="*", default=[8, 32])
     parser.add_argument("--all", action="store_true", help="the points that take minutes, too")
     args = parser.parse_args()
     if args.child:
         print(json.dumps(in_this_process(args.steps, args.inductor)))
         return
     processes = {
-        "cold caches": (args.steps, args.inductor + [64] * args.all),
+        "cold caches": (args.steps, sorted({*args.inductor, *(16, 64) * args.all})),
         "second process, warm caches": ([t for t in args.steps if args.all or t <= 256], []),
     }
     rows = []
