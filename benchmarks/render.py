@@ -84,7 +84,8 @@ def networks(device: str) -> str:
     columns = ["network", "framework", "first_call_s", "step_ms", "speed_vs_eager", "equal_outputs"]
     return f"""![training steps, relative to eager](pictures/{picture("networks", device)}.png)
 
-`equal_outputs` under 1: layers that run over all steps at once sum in another order, which moves a spike now and then.
+`equal_outputs` under 1: layers that run over all steps at once sum in another order, which moves a spike now and then; a deep
+network amplifies that, so its results are compared in fp64, where they are eager's, before it is timed.
 
 {table(f"networks_{device}", columns)}
 """

@@ -73,7 +73,7 @@ class TwoLayers(nn.Sequential):
 @pytest.mark.parametrize("training, autocast", [(True, torch.bfloat16), (False, torch.float16)])
 def test_networks(fresh, training, autocast):
     peer = lambda: TwoLayers(SpikingJellyLIF)  # noqa: E731
-    network = networks.Network(TwoLayers, (STEPS, 2, 1, 8, 8), training=training, autocast=autocast, peer=peer)
+    network = networks.Network(TwoLayers, (STEPS, 2, 1, 8, 8), training=training, autocast=autocast, peer=peer, is_deep=True)
     found = networks.measure("two layers", network, CPU)
     assert frameworks(found) == ["eager", "inductor", "snn", "spikingjelly"]
     assert next(r["compiled"] for r in found if r["framework"] == "snn").startswith("2 kernels")
