@@ -10,7 +10,7 @@ PEERS := spikingjelly==2.0.0 snntorch==1.0.0 norse==1.1.0 sinabs==3.1.3 nir nirt
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup demo test check lint types accept bench bench-check wheel clean
+.PHONY: help setup demo test check lint types accept bench bench-gpu bench-check wheel clean
 
 # Inductor does not quote -L<folder of torch>/lib in its link command (torch 2.13), so in a path with a space Python is
 # started through a link to this folder whose own path has none.
@@ -27,7 +27,7 @@ help:
 	@echo "make check   lint, types and the tests that are not slow"
 	@echo "make lint    ruff                      make types   mypy"
 	@echo "make accept  rewrite the golden texts  make bench   the benchmarks (a quarter of an hour)"
-	@echo "make bench-check  a few rows of them, against what is committed"
+	@echo "make bench-gpu    those of a GPU       make bench-check  a few rows, against what is committed"
 	@echo "make wheel   dist/*.whl and *.tar.gz   make clean   remove .venv, builds and caches"
 
 setup: .venv/.stamp
@@ -63,8 +63,16 @@ types: setup
 accept: setup # (in one process: two must not rewrite one file)
 	@EXPECTTEST_ACCEPT=1 $(PY) -m pytest $(PYTEST_ARGS)
 
+# PARTS picks some of them, ALL=1 adds the training curves and the longest first calls: make bench-gpu PARTS="neurons networks"
+PARTS ?=
+ALL ?=
+RUN := $(PY) benchmarks/run.py $(if $(ALL),--all)
+
 bench: setup
-	@$(PY) benchmarks/run.py
+	@$(RUN) $(PARTS)
+
+bench-gpu: setup
+	@$(RUN) --device cuda $(PARTS)
 
 bench-check: setup
 	@$(PY) benchmarks/neurons.py --check

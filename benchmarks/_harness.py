@@ -1,125 +1,152 @@
-"""What the benchmarks share: interleaved medians, the machine's description, CSV rows."""
+"""What the benchmarks share: the contestants of a row behind one gate, interleaved medians, one row after the other."""
 
 from __future__ import annotations
 
-import csv
-import datetime
-import platform
+import argparse
+import gc
 import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
+from _device import CPU, SUFFIX, Clock, chosen, machine, synchronize
+from _gate import Agreement, Limits, Refused, compiled
+from _results import markdown, read, write
 from torch import Tensor
+from torch._dynamo.utils import counters
 
-RESULTS = Path(__file__).parent / "results"
-
-
-class Sigmoid(torch.autograd.Function):
-    """Heaviside forward, the derivative of a sigmoid of slope 4 backward."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return (x >= 0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        s = torch.sigmoid(4.0 * x)
-        return grad * 4.0 * s * (1.0 - s)
+#: a call of a contestant: the output, then the gradients that it leaves
+Step = Callable[[], Sequence[Tensor]]
+T = TypeVar("T")
+#: who must run for a row to say anything; of the others, those that are not installed or fail leave empty cells
+REQUIRED = ("eager", "snn")
+#: of a row; after `SECONDS`, no more than the fewest, which is enough for a median with a spread
+ROUNDS, FEWEST_ROUNDS, SECONDS = {"cpu": 7, "cuda": 25}, 3, 10.0
+#: seconds of a call from which on what the last one left in the caches is nothing
+LONG = 1.0
 
 
-def lif_unbind(x: Tensor) -> Tensor:
-    """The loop as a careful user writes it: `unbind` once, backward linear in T."""
-    v, out = torch.zeros_like(x[0]), []
-    for xt in x.unbind(0):
-        h = v + (xt - v) / 2.0
-        s = Sigmoid.apply(h - 1.0)
-        v = h * (1.0 - s)
-        out.append(s)
-    return torch.stack(out)
-
-
-def lif_index(x: Tensor) -> Tensor:
-    """The natural loop over ``x[t]``: its eager backward is quadratic in T."""
-    v, out = torch.zeros_like(x[0]), []
-    for t in range(x.shape[0]):
-        h = v + (x[t] - v) / 2.0
-        s = Sigmoid.apply(h - 1.0)
-        v = h * (1.0 - s)
-        out.append(s)
-    return torch.stack(out)
-
-
-def lif_scan(x: Tensor) -> Tensor:
-    """The same neuron as a `scan`, of which one step is traced."""
-    from torch._higher_order_ops.scan import scan
-
-    def step(v: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
-        h = v + (xt - v) / 2.0
-        s = Sigmoid.apply(h - 1.0)
-        return h * (1.0 - s), s.clone()
-
-    return scan(step, torch.zeros_like(x[0]), x)[1]  # type: ignore[no-any-return]
-
-
-def first_call(step: Callable[[], Tensor]) -> tuple[Tensor, float]:
+def first_call(step: Callable[[], T], device: torch.device = CPU) -> tuple[T, float]:
     """What the step gives, and the seconds it takes: trace and compilation included, where it was never called before."""
     start = time.perf_counter()
     out = step()
+    synchronize(device)
     return out, time.perf_counter() - start
 
 
-def interleaved(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of a call in a row of calls, as in training; the functions take turns, so that a slow minute hits all of them."""
+@dataclass
+class Contest:
+    """The contestants of a row that run, how long their first calls took, and how far their results are from eager's."""
+
+    device: torch.device
+    steps: dict[str, Callable[[], object]] = field(default_factory=dict)
+    first: dict[str, float] = field(default_factory=dict)
+    agreement: dict[str, Agreement] = field(default_factory=dict)
+    #: what the backend made of the row
+    compiled: str = ""
+    #: peers without a time, and why
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def rows(self, row: dict[str, str], values: Callable[[str], dict[str, str]]) -> list[dict[str, str]]:
+        """A CSV row of each contestant; a peer that did not run has empty cells for its `values(framework)`."""
+        empty = dict.fromkeys(values("eager"), "")
+        cells = {**{name: values(name) for name in self.first}, **dict.fromkeys(self.missing, empty)}
+        about = {name: {"compiled": self.compiled if name == "snn" else "", **machine(self.device)} for name in cells}
+        return [{**row, "framework": name, **found, **about[name]} for name, found in cells.items()]
+
+
+def contest(makers: Mapping[str, Callable[[], Step]], device: torch.device, limits: Limits, who: str) -> Contest:
+    """Compile and compare; raises `Refused` where the backend's results are not eager's. The second call is what is compared:
+    the first may run other code than those that are timed."""
+    torch._dynamo.reset()
+    counters["snn_compile"].clear()
+    made, expected = Contest(device), None
+    for name, make in makers.items():
+        try:
+            step = make()
+            _, first = first_call(step, device)
+            results = [t.detach() for t in step()]
+        except Exception as failure:
+            if name in REQUIRED:
+                raise
+            made.missing[name] = f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
+            print(f"{who}, {name}: no time, {made.missing[name]}", flush=True)
+            continue
+        if expected is None:
+            expected = results
+        made.steps[name], made.first[name], made.agreement[name] = step, first, Agreement.of(results, expected)
+    made.compiled = compiled(who)
+    made.agreement["snn"].require(limits, f"{who}, snn")
+    return made
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], object]], device: torch.device = CPU, rounds: int | None = None
+) -> dict[str, list[float]]:
+    """Seconds of a call in a row of calls, as in training; the functions take turns, so that a slow minute hits all of them.
+    What takes seconds varies by little, and gets fewer rounds."""
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
+    clock, start = Clock(device), time.perf_counter()
+    for done in range(rounds or ROUNDS[device.type]):
+        if done >= FEWEST_ROUNDS and time.perf_counter() - start > SECONDS:
+            break
         for name, function in functions.items():
-            function()  # the caches and the allocator hold this function's data, not the last one's
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
+            if not done or times[name][-1] < LONG:
+                function()  # the caches and the allocator hold this function's data, not the last one's
+            times[name].append(clock(function))
     return times
+
+
+def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def summary(times: list[float]) -> dict[str, str]:
     """Median, minimum and maximum in milliseconds."""
-    return {
-        "median_ms": f"{statistics.median(times) * 1e3:.2f}",
-        "min_ms": f"{min(times) * 1e3:.2f}",
-        "max_ms": f"{max(times) * 1e3:.2f}",
-    }
+    found = {"median_ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times)}
+    return {name: f"{seconds * 1e3:.{2 if seconds >= 1e-3 else 4}f}" for name, seconds in found.items()}
 
 
-def machine() -> dict[str, str]:
-    """What a reader needs to place the numbers."""
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{model}, {torch.get_num_threads()} threads"
-    return {"machine": device, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+def arguments(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--device", choices=SUFFIX, default="cpu")
+    parser.add_argument("--update", action="store_true", help="write the rows that are named: the others in the CSV file stay")
+    parser.add_argument("names", nargs="*", help="only rows whose name contains one of these; not written without --update")
+    return parser
 
 
-def write(name: str, rows: list[dict[str, str]]) -> Path:
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def markdown(rows: list[dict[str, str]], columns: list[str]) -> str:
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(row.get(c, "") for c in columns) + " |" for row in rows]
-    return "\n".join(lines)
+def run(
+    file: str,
+    rows: Callable[[torch.device], Mapping[str, T]],
+    measure: Callable[[str, T, torch.device], list[dict[str, str]]],
+    columns: list[str],
+    args: argparse.Namespace,
+    key: int = 2,
+) -> None:
+    """Measure rows, print and write each as it comes; `key` columns name a row. One that fails or is refused does not cost the
+    others theirs: it is said at the end, with exit code 1."""
+    device = chosen(args.device)
+    name, failed = f"{file}_{SUFFIX[device.type]}", []
+    table = {tuple(r.values())[:key]: r for r in read(name)} if args.update else {}
+    for label, row in rows(device).items():
+        if args.names and not any(n in label for n in args.names):
+            continue
+        try:
+            found = measure(label, row, device)
+        except Exception as failure:
+            if not isinstance(failure, Refused):
+                traceback.print_exc()
+            failed.append(f"{label}: {type(failure).__name__}: {failure}")
+            continue
+        finally:  # the next row finds the memory that this one held
+            gc.collect()
+            torch.cuda.empty_cache()
+        print(markdown(found, columns), flush=True)
+        table |= {tuple(r.values())[:key]: r for r in found}
+        if args.update or not args.names:
+            write(name, list(table.values()))
+    if failed:
+        raise SystemExit("\n".join(["Not measured:", *failed]))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import importlib.metadata
 import logging
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import _harness as h
 import torch
+from _device import machine
+from _results import markdown, read, write
 from torch import Tensor, nn
 
 from snn_compile.backend import snn
@@ -70,7 +70,7 @@ def speed(model: Model) -> dict[str, str]:
         run = module if backend is None else torch.compile(module, backend=backend)  # type: ignore[call-overload]
         runs[name] = functools.partial(step, module, x, run)
         _, first = h.first_call(runs[name])
-    times = {k: statistics.median(v) for k, v in h.interleaved(runs, 9).items()}
+    times = h.medians(h.interleaved(runs, rounds=9))
     return {
         "first call": f"{first:.1f} s",
         "step": f"{times['snn'] * 1e3:.2f} ms",
@@ -93,8 +93,8 @@ def measured(models_: list[Model], start: list[dict[str, str]], with_speed: bool
         if with_speed:
             sizes.T, sizes.B, sizes.N = large
             rows[key] |= speed(model)
-        print(h.markdown([rows[key]], COLUMNS).splitlines()[-1], flush=True)
-        h.write("ecosystem_cpu", list(rows.values()))
+        print(markdown([rows[key]], COLUMNS).splitlines()[-1], flush=True)
+        write("ecosystem_cpu", list(rows.values()))
     return [rows[m.library, m.name] for m in models_]
 
 
@@ -104,19 +104,18 @@ def main() -> None:
     parser.add_argument("--without-speed", action="store_true", help="leave the last columns of new rows empty, for a later run")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
-    file = h.RESULTS / "ecosystem_cpu.csv"
-    rows = measured(list(models()), list(csv.DictReader(file.open())) if args.resume else [], not args.without_speed)
-    machine = h.machine()
+    rows = measured(list(models()), read("ecosystem_cpu") if args.resume else [], not args.without_speed)
+    about = machine()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
     text = f"""# Models of other libraries
 
 Written by `python benchmarks/ecosystem_table.py`; each row is also a test (`tests/ecosystem`). {versions}, torch
-{machine["torch"]}, {machine["machine"]}, {machine["date"]}. The gradient error is relative to the largest gradient of a tensor.
+{about["torch"]}, {about["machine"]}, {about["date"]}. The gradient error is relative to the largest gradient of a tensor.
 "Prepared": after `snn_compile.compat.prepare` ([ecosystem.md](ecosystem.md)). Speeds are those of a training step over inputs
 {list(SIZES)}, medians of interleaved runs.
 The first call is trace and compilation. A row without them is checked, and not timed yet.
 
-{h.markdown(rows, COLUMNS)}
+{markdown(rows, COLUMNS)}
 """
     (DOCS / "ecosystem_table.md").write_text(text)
 

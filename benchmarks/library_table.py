@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import copy
 import logging
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import _harness as h
 import torch
+from _device import machine
+from _results import markdown
 from torch import nn
 
 from snn_compile import functional
@@ -52,7 +53,7 @@ def times(case: Module) -> dict[str, float]:
         module = copy.deepcopy(made)
         run = module if backend is None else torch.compile(module, backend=backend)  # type: ignore[call-overload]
         runs[name] = training_step(module, run, x)
-    return {name: statistics.median(t) for name, t in h.interleaved(runs, ROUNDS).items()}
+    return h.medians(h.interleaved(runs, rounds=ROUNDS))
 
 
 def row(small: Module, large: Module, modes: str, speed: bool) -> dict[str, str]:
@@ -83,8 +84,8 @@ def main() -> None:
     rows = []
     for small, large, modes in pairs:
         rows.append(row(small, large, modes, speed))
-        print(h.markdown(rows[-1:], list(rows[-1])).splitlines()[-1], flush=True)
-    machine = h.machine()
+        print(markdown(rows[-1:], list(rows[-1])).splitlines()[-1], flush=True)
+    about = machine()
     measured = (
         f" Speed: a training step of [T={LARGE.steps}, {LARGE.batch}, {LARGE.channels}] (images: 2x2 more) in multi-step mode, "
         f"median of {ROUNDS} interleaved runs."
@@ -97,10 +98,10 @@ Written by `python benchmarks/library_table.py`; each row is also a test (`tests
 single-step mode inside a user's loop; `m`: in multi-step mode. *Kernel*: a pointwise recurrence as one kernel over all steps;
 *program*: kernels and calls, once a step (here from {SMALL.steps} steps on, `step_from={SMALL.steps}`). Forward and gradients:
 the largest difference from eager, relative to the largest value of the tensor, over two calls in a row.{measured}
-{machine["machine"]}, torch {machine["torch"]}, {machine["date"]}. The same recurrences compile for GPUs
+{about["machine"]}, torch {about["torch"]}, {about["date"]}. The same recurrences compile for GPUs
 (`tests/lowering/triton`); nothing was measured there.
 
-{h.markdown(rows, list(rows[0]))}
+{markdown(rows, list(rows[0]))}
 """
     (DOCS / "library_backend.md").write_text(text)
 

@@ -8,11 +8,14 @@ those of two seeds.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 
-import _harness as h
 import torch
-from networks import SnnTorchTutorial
+from _device import machine
+from _results import write
+from network_models import SnnTorchTutorial
 from sklearn.datasets import load_digits
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from snn_compile.backend import snn
@@ -20,13 +23,14 @@ from snn_compile.backend import snn
 SEEDS, UPDATES, STEPS, BATCH = (0, 1, 2), 200, 100, 64
 
 
-def losses(seed: int, backend: object) -> list[float]:
+def losses(seed: int, net: nn.Module, run: Callable[[Tensor], Tensor]) -> list[float]:
+    """Of `run`, which is `net` or compiled from it, trained anew from this seed's parameters."""
     digits = load_digits()
     images = torch.tensor(digits.data, dtype=torch.float32) / 16
     classes = torch.tensor(digits.target)
     torch.manual_seed(seed)
-    net = SnnTorchTutorial()
-    run = net if backend is None else torch.compile(net, backend=backend)  # type: ignore[call-overload]
+    for layer in (net.fc1, net.fc2):
+        layer.reset_parameters()  # type: ignore[operator, union-attr]
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(seed)
     found = []
@@ -42,14 +46,16 @@ def losses(seed: int, backend: object) -> list[float]:
 
 
 def main() -> None:
-    curves = {(seed, name): losses(seed, backend) for seed in SEEDS for name, backend in (("eager", None), ("snn", snn))}
-    machine = h.machine()
+    net, compiled = SnnTorchTutorial(), SnnTorchTutorial()
+    runs = {"eager": (net, net), "snn": (compiled, torch.compile(compiled, backend=snn))}  # (compiled once for all seeds)
+    curves = {(seed, name): losses(seed, *pair) for seed in SEEDS for name, pair in runs.items()}
+    about = machine()
     rows = [
-        {"seed": str(seed), "framework": name, "update": str(i), "loss": f"{loss:.6f}", **machine}
+        {"seed": str(seed), "framework": name, "update": str(i), "loss": f"{loss:.6f}", **about}
         for (seed, name), curve in curves.items()
         for i, loss in enumerate(curve)
     ]
-    h.write("loss_curves", rows)
+    write("loss_curves", rows)
     between = [abs(a - b) for s in SEEDS for a, b in zip(curves[s, "eager"], curves[s, "snn"], strict=True)]
     of_seeds = [abs(a - b) for a, b in zip(curves[0, "eager"], curves[1, "eager"], strict=True)]
     print(f"eager and compiled, same seed: mean {statistics.mean(between):.1e}, largest {max(between):.1e}")

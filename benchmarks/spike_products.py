@@ -8,10 +8,11 @@ Both give the same bits (checked). Where the lines cross is up to which share a 
 from __future__ import annotations
 
 import ctypes
-import statistics
 
 import _harness as h
 import torch
+from _device import machine
+from _results import markdown, write
 
 from snn_compile.lowering.cpp import spike_product
 
@@ -34,7 +35,7 @@ def measure(rows: int, depth: int, columns: int, share: float) -> dict[str, str]
         "product": lambda: torch.mm(spikes, weight, out=expected),
         "rows": lambda: sum_rows(ctypes.byref(plan), *pointers, ctypes.byref(pause)),
     }
-    times = {name: statistics.median(values) * 1e6 for name, values in h.interleaved(runs, ROUNDS).items()}
+    times = {name: seconds * 1e6 for name, seconds in h.medians(h.interleaved(runs, rounds=ROUNDS)).items()}
     assert torch.equal(out, expected)
     return {
         "rows, depth, columns": f"{rows}, {depth}, {columns}",
@@ -42,14 +43,14 @@ def measure(rows: int, depth: int, columns: int, share: float) -> dict[str, str]
         "product_us": f"{times['product']:.1f}",
         "rows_us": f"{times['rows']:.1f}",
         "rows_are_faster_by": f"{times['product'] / times['rows']:.2f}",
-        **h.machine(),
+        **machine(),
     }
 
 
 def main() -> None:
     rows = [measure(*size, share) for size in SIZES for share in SHARES]
-    print(h.markdown(rows, list(rows[0])[:5]))
-    print(h.write("spike_products_cpu", rows))
+    print(markdown(rows, list(rows[0])[:5]))
+    print(write("spike_products_cpu", rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Recurrences that are more than pointwise, training step by step: eager, Inductor and snn in one run.
 
-    python benchmarks/stepped.py [name ...]
+    python benchmarks/stepped.py [--device cuda] [--update] [name ...]
 
 Recurrent LIF layers of the sizes used on spoken digits (SHD), inter-layer-connection neurons, membrane-potential batch norm.
 Inductor is left out where the loop is so long that it would compile for an hour.
@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import copy
 import functools
-import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import _harness as h
 import torch
+from _device import moved
+from _gate import Limits
+from _loops import Sigmoid
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
 from snn_compile import functional, neuron
 from snn_compile.backend import snn
-
-ROUNDS = 5
 
 
 class RecurrentLIF(nn.Module):
@@ -38,7 +36,7 @@ class RecurrentLIF(nn.Module):
         v, s, spikes = torch.zeros_like(current[0]), torch.zeros_like(current[0]), []
         for t in range(x.shape[0]):
             h_ = v + (current[t] + self.recurrent(s) - v) / 2.0
-            s = h.Sigmoid.apply(h_ - 1.0)
+            s = Sigmoid.apply(h_ - 1.0)
             v = h_ * (1.0 - s)
             spikes.append(s)
         return torch.stack(spikes)
@@ -61,69 +59,64 @@ CASES = {
 }
 
 
+#: a product of matrices that sums in another order moves a spike now and then, and all that follows from it
+LIMITS = Limits(equal=0.99, gradient=5e-2)
+
+
 @functools.cache
-def gradient(shape: torch.Size) -> Tensor:
+def gradient(shape: torch.Size, device: torch.device) -> Tensor:
     """What comes from the layer behind: random, the same in every step."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device)
 
 
-def measure(name: str, case: Case) -> list[dict[str, str]]:
+def step(made: nn.Module, backend: object, x: Tensor) -> h.Step:
+    module = copy.deepcopy(made)
+    run = module if backend is None else torch.compile(module, backend=backend)  # type: ignore[call-overload]
+
+    def train() -> list[Tensor]:
+        functional.reset_net(module)
+        module.zero_grad()
+        x.grad = None
+        out = run(x)
+        out.backward(gradient(out.shape, out.device))
+        return [out, x.grad, *(p.grad for p in module.parameters() if p.grad is not None)]  # type: ignore[list-item]
+
+    return train
+
+
+def measure(name: str, case: Case, device: torch.device) -> list[dict[str, str]]:
     torch.manual_seed(0)
-    made, x = case.make(), torch.randn(case.shape) * case.scale
-    x.requires_grad_()
-    runs, firsts, results = {}, {}, {}
-    for label, backend in (("eager", None), ("inductor", "inductor"), ("snn", snn)):
-        if label == "inductor" and not case.inductor:
-            continue
-        torch._dynamo.reset()
-        module = copy.deepcopy(made)
-        run = module if backend is None else torch.compile(module, backend=backend)  # type: ignore[call-overload]
+    made = moved(case.make(), device)
+    x = (torch.randn(case.shape, device=device) * case.scale).requires_grad_()
+    makers = {
+        label: lambda backend=backend: step(made, backend, x)  # type: ignore[misc]
+        for label, backend in (("eager", None), ("inductor", "inductor"), ("snn", snn))
+        if case.inductor or label != "inductor"
+    }
+    contest = h.contest(makers, device, LIMITS, name)
+    times = h.interleaved(contest.steps, device)
+    median = h.medians(times)
 
-        def step(module: nn.Module = module, run: Callable[[Tensor], Tensor] = run) -> Tensor:
-            functional.reset_net(module)
-            module.zero_grad()
-            x.grad = None
-            out = run(x)
-            out.backward(gradient(out.shape))
-            return out.detach()
+    def values(framework: str) -> dict[str, str]:
+        return {
+            "first_call_s": f"{contest.first[framework]:.1f}",
+            "step_ms": f"{median[framework] * 1e3:.1f}",
+            "min_ms": f"{min(times[framework]) * 1e3:.1f}",
+            "max_ms": f"{max(times[framework]) * 1e3:.1f}",
+            "speed_vs_eager": f"{median['eager'] / median[framework]:.1f}",
+            "spikes_per_step": f"{contest.agreement[framework].mean:.3f}",
+            "equal_outputs": f"{contest.agreement[framework].equal:.4f}",
+            "gradient_error": f"{contest.agreement[framework].gradient:.0e}",
+        }
 
-        out, firsts[label] = h.first_call(step)
-        results[label] = [out, x.grad.clone(), *(p.grad.clone() for p in module.parameters() if p.grad is not None)]  # type: ignore[union-attr]
-        runs[label] = step
-    found = counters["snn_compile"]
-    assert found["recurrences_stepped"] or found["convolutions_replaced"]  # (a short loop: unrolled, with products)
-    times = {k: statistics.median(v) for k, v in h.interleaved(runs, ROUNDS).items()}
-    rows = []
-    for label in runs:
-        pairs = list(zip(results[label], results["eager"], strict=True))
-        errors = [float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs[1:]]
-        rows.append(
-            {
-                "recurrence": name,
-                "framework": label,
-                "first_call_s": f"{firsts[label]:.1f}",
-                "step_ms": f"{times[label] * 1e3:.1f}",
-                "speed_vs_eager": f"{times['eager'] / times[label]:.1f}",
-                "spikes_per_step": f"{float(results[label][0].mean()):.3f}",
-                "equal_outputs": f"{float((pairs[0][0] == pairs[0][1]).float().mean()):.4f}",
-                "gradient_error": f"{max(errors):.0e}",
-                **h.machine(),
-            }
-        )
-    return rows
+    return contest.rows({"recurrence": name}, values)
+
+
+COLUMNS = ["recurrence", "framework", "first_call_s", "step_ms", "speed_vs_eager", "equal_outputs", "gradient_error"]
 
 
 def main() -> None:
-    rows = []
-    for name, case in CASES.items():
-        if sys.argv[1:] and not any(a in name for a in sys.argv[1:]):
-            continue
-        found = measure(name, case)
-        rows += found
-        columns = ["recurrence", "framework", "first_call_s", "step_ms", "speed_vs_eager", "equal_outputs", "gradient_error"]
-        print(h.markdown(found, columns), flush=True)
-    if not sys.argv[1:]:
-        h.write("stepped_cpu", rows)
+    h.run("stepped", lambda device: CASES, measure, COLUMNS, h.arguments(__doc__).parse_args())
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import _harness as h
 import torch
 import triton
+from _device import machine
+from _results import markdown, write
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the kernels and the reader are those of the tests
 from tests.lowering.triton.assembly import DEVICES, compile_for
@@ -40,11 +41,11 @@ def main() -> None:
                             "of_them_128_bits": str(sum(map(is_wide, found))),
                             "fused_multiply_adds": str(fused(made)),
                             "triton": triton.__version__,
-                            **h.machine(),
+                            **machine(),
                         }
                     )
-    h.write("triton_assembly", rows)
-    print(h.markdown(rows, list(rows[0])[:9]))
+    write("triton_assembly", rows)
+    print(markdown(rows, list(rows[0])[:9]))
 
 
 if __name__ == "__main__":
