@@ -37,11 +37,8 @@ _KEEPS_LAYOUT = {
     F.dropout2d,
     F.relu,
     torch.relu,
-    torch.add,
-    torch.mul,
-    operator.add,
-    operator.mul,
 }
+_POINTWISE = {torch.add, torch.mul, operator.add, operator.mul}
 
 
 def channels_last(graph: fx.Graph) -> int:
@@ -95,15 +92,15 @@ def _is_kernel(node: fx.Node) -> bool:
 
 def _keeps_layout(node: fx.Node) -> bool:
     if node.op == "call_method":
-        return (node.target, node.args[1]) == ("unflatten", 0) or (node.target, node.args[1:]) == ("flatten", (0, 1))
+        return (node.target, node.args[1:2]) == ("unflatten", (0,)) or (node.target, node.args[1:]) == ("flatten", (0, 1))
     if node.op != "call_function":
         return False
-    operands = [example(a) for a in node.args if isinstance(a, fx.Node)]
-    shapes = {v.shape for v in operands if isinstance(v, Tensor)}
-    of_same_shape = len(shapes) == 1 or node.target not in (torch.add, torch.mul, operator.add, operator.mul)
     if is_getitem(node):
         return isinstance(node.args[0], fx.Node) and _is_kernel(node.args[0])
-    return _is_kernel(node) or (node.target in _KEEPS_LAYOUT and of_same_shape)
+    shapes = [v.shape for v in map(example, node.all_input_nodes) if isinstance(v, Tensor)]
+    if node.target in _POINTWISE:
+        return all(s == shapes[0] for s in shapes)
+    return _is_kernel(node) or node.target in _KEEPS_LAYOUT
 
 
 def _make_channels_last(graph: fx.Graph, node: fx.Node) -> fx.Node:

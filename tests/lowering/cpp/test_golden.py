@@ -132,6 +132,12 @@ typedef float exp_floats __attribute__((vector_size(32)));
 exp_floats Sleef_expf8_u10(exp_floats);
 __attribute__((used, visibility("hidden"))) float exp_float(float x) { return Sleef_expf8_u10(x - exp_floats{})[0]; }
 asm(".set Sleef_expf_u10, exp_float");
+typedef float exp_few_floats __attribute__((vector_size(16)));  // of the last lanes of a row, which libtorch_cpu does not have
+exp_few_floats exp_few_float(exp_few_floats x) asm("_ZGVbN4v_Sleef_expf_u10");
+__attribute__((used, visibility("hidden"))) exp_few_floats exp_few_float(exp_few_floats x) {
+  const exp_floats all = Sleef_expf8_u10(exp_floats{x[0], x[1], x[2], x[3]});
+  return exp_few_floats{all[0], all[1], all[2], all[3]};
+}
 }
 static inline float vexp(float x) { return Sleef_expf_u10(x); }
 #else
