@@ -529,6 +529,27 @@ def steps_as_slices_batch_first(x):
 
 
 @case()
+def both_directions_in_one_loop(x):
+    v, back, out, reverse = torch.zeros_like(x[0]), torch.zeros_like(x[0]), [], []
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        out.append(s)
+        back, s = _step(back, x[-1 - t])
+        reverse.insert(0, s)
+    return torch.stack(out) + torch.stack(reverse)
+
+
+@case()
+def rate_regularised_in_the_loop(x):
+    v, loss, count = torch.zeros_like(x[0]), 0.0, 0.0
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        loss = loss + (s.mean() - 0.1) ** 2
+        count = count + s.sum(1)
+    return count, loss
+
+
+@case()
 def running_maximum(x):
     v, highest = torch.zeros_like(x[0]), torch.full_like(x[0], -1.0)
     for t in range(x.shape[0]):
