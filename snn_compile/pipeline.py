@@ -29,12 +29,13 @@ from snn_compile.lowering.lower_loops import lower_loop, make_recurrence, make_s
 from snn_compile.lowering.register_stepped import register_stepped
 from snn_compile.lowering.registration import register
 from snn_compile.passes.batch_time import batch_time
-from snn_compile.passes.carry_statistics import carry_statistics, updates_statistics
+from snn_compile.passes.carry_statistics import carry_statistics, separate_saved_statistics, updates_statistics
 from snn_compile.passes.chunk_time import chunk_length, chunk_time
 from snn_compile.passes.classify import OpInfo, classify
 from snn_compile.passes.convolutions_at_one_position import is_at_one_position, replace_convolutions_at_one_position
 from snn_compile.passes.decompose import decompose
 from snn_compile.passes.distribute import Group, distribute, find_groups
+from snn_compile.passes.emit import delete_unused_children
 from snn_compile.passes.fold_batch_norm import fold_batch_norm
 from snn_compile.passes.fold_threshold import fold_threshold
 from snn_compile.passes.functionalize import functionalize
@@ -47,6 +48,7 @@ from snn_compile.passes.hoist_creations import hoist_creations
 from snn_compile.passes.index_steps import index_steps
 from snn_compile.passes.inline_detached import inline_detached
 from snn_compile.passes.inline_steps import inline_steps
+from snn_compile.passes.read_steps_in_regions import read_steps_in_regions
 from snn_compile.passes.reroll import reroll
 from snn_compile.passes.roll_scan import roll_scans
 from snn_compile.passes.specialize import drop_unread_sizes, fold_sizes, name_allowed_functions, specialize_floats
@@ -81,6 +83,7 @@ COUNTERS = (
 #: The pipeline as a table of contents: (name, what it does).
 PASSES = (
     ("inline_steps", "a step that was traced once, as a nested compile region, becomes the ops of every step"),
+    ("read_steps_in_regions", "a checkpointed region that is handed every step of a series reads them itself"),
     ("specialize", "numbers that became symbolic without need are numbers again; checks of shapes leave no trace"),
     ("decompose", "an opaque neuron op becomes the plain loop registered for it"),
     ("inline_detached", "a surrogate whose gradient nobody asks for becomes what its forward computes"),
@@ -145,6 +148,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     dump = _Dump(config.dump)
     dump(work, "0_dynamo")
     inline_steps(work)
+    read_steps_in_regions(work)
     specialize_floats(work)
     fold_sizes(work)
     drop_unread_sizes(work)
@@ -188,6 +192,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     for call, loop in _calls(work):
         unroll(work, call, loop)
     restore_writes(work)
+    separate_saved_statistics(work)
     _finish(work)
     dump(work, "6_unroll")
     report.changed = True
@@ -211,7 +216,7 @@ class _Backup:
         for name, child in self.children.items():
             self.gm.add_submodule(name, child)
         self.gm.graph = self.graph
-        self.gm.delete_all_unused_submodules()
+        delete_unused_children(self.gm)
 
 
 #: Higher-order ops that run their body as it is: a loop inside is a loop like any other.
@@ -396,7 +401,7 @@ def _finish(gm: fx.GraphModule) -> None:
     for node in reversed(list(gm.graph.nodes)):
         if node.op == "get_attr" and not node.users:
             gm.graph.erase_node(node)
-    gm.delete_all_unused_submodules()  # a loop that is left here could not be pickled, and AOTAutograd's cache would give up
+    delete_unused_children(gm)  # a loop that is left here could not be pickled, and AOTAutograd's cache would give up
     gm.graph.lint()
     gm.recompile()
 

@@ -180,6 +180,33 @@ def test_checkpoint():
     assert counters["snn_compile"]["recurrences_lowered"] == 1
 
 
+class IteratesOverTime(nn.Module):
+    """Dynamo takes the steps of a tensor from outside out of a checkpointed region."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(7, 7)
+        self.decay = nn.Parameter(torch.tensor(0.8))
+
+    def forward(self, x):
+        return checkpoint(self.neuron, self.linear(x) * 2, use_reentrant=False)
+
+    def neuron(self, x):
+        v, out = torch.zeros_like(x[0]), []
+        for step in x:
+            v = self.decay * v + step
+            s = zoo.Sigmoid.apply(v - 1.0, 4.0)
+            v = v - s
+            out.append(s)
+        return torch.stack(out)
+
+
+def test_checkpointed_iteration_over_time():
+    module = IteratesOverTime()
+    check_module(module, torch.compile(module, backend=snn), torch.randn(X) * 2)
+    assert counters["snn_compile"]["recurrences_lowered"] == 1
+
+
 def test_hooks():
     module = Neuron()
     module.linear.register_forward_hook(lambda mod, args, out: out * 1.5)

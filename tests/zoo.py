@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # ------------------------------------------------------------------------------------------------------------ surrogates
@@ -526,6 +527,18 @@ def steps_as_slices_batch_first(x):
         v, s = _step(v, x[:, t : t + 1])
         out.append(s)
     return torch.cat(out, dim=1)
+
+
+@case(atol=1e-5)
+def batch_norm_after_a_first_step_that_differs(x):
+    mean, var = torch.zeros(x.shape[-1]), torch.ones(x.shape[-1])
+    v, out = 0.0, []
+    for t in range(x.shape[0]):
+        h = v * 0.5 + F.batch_norm(x[t], mean, var, training=True)
+        s = Sigmoid.apply(h - 1.0, 4.0)
+        v = h * (1.0 - s)
+        out.append(s)
+    return torch.stack(out), mean, var
 
 
 @case()
