@@ -51,7 +51,13 @@ from snn_compile.passes.inline_steps import inline_steps
 from snn_compile.passes.read_steps_in_regions import read_steps_in_regions
 from snn_compile.passes.reroll import reroll
 from snn_compile.passes.roll_scan import roll_scans
-from snn_compile.passes.specialize import drop_unread_sizes, fold_sizes, name_allowed_functions, specialize_floats
+from snn_compile.passes.specialize import (
+    drop_unread_sizes,
+    fold_sizes,
+    name_allowed_functions,
+    specialize_floats,
+    specialize_sizes,
+)
 from snn_compile.passes.unroll import restore_writes, unroll
 
 log = logging.getLogger("snn_compile")
@@ -166,6 +172,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     loops += rerolled
     report.loops, report.rejections = loops, report.rejections + rejections + refused
     counters["snn_compile"]["loops_rerolled"] += len(loops)
+    _specialize_steps_with_calls(work, config)
     dump(work, "2_reroll")
     for call, loop in _calls(work):
         counters["snn_compile"]["consumers_fused"] += fuse_consumers(work, call, loop, is_pointwise_op)
@@ -282,6 +289,14 @@ def _step_from(loop: Loop) -> str:
 def _may_step(groups: list[Group], infos: dict[fx.Node, OpInfo]) -> bool:
     """Whether a recurrence that is no kernel can be a program of kernels and calls: nothing in it writes or draws numbers."""
     return any(g.recurrent and all(infos[n].pure or updates_statistics(n) for n in g.nodes) for g in groups)
+
+
+def _specialize_steps_with_calls(gm: fx.GraphModule, config: Config) -> None:
+    for call, loop in _calls(gm):
+        infos = classify(loop, is_pointwise_op)
+        groups = [g for g in find_groups(loop, infos) if not g.is_kernel]
+        if loop.length >= config.step_from and _may_step(groups, infos):
+            specialize_sizes(map(example, flat_nodes(call.args)))
 
 
 def _runs_by_channel(nodes: list[fx.Node], infos: dict[fx.Node, OpInfo]) -> bool:

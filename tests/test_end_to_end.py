@@ -136,6 +136,20 @@ def test_recurrent_layer(how, training):
     assert counters["snn_compile"]["recurrences_stepped"] == 1
 
 
+@pytest.mark.parametrize("declared", [False, True], ids=["as it comes", "mark_dynamic"])
+def test_recurrent_layer_for_another_batch(declared):
+    """Each size has a program of its own, unless the caller says that sizes change."""
+    module = Recurrent().eval()
+    compiled = torch.compile(module, backend=snn, options={"step_from": 4})
+    for batch in (6, 5, 4):
+        x = torch.randn(5, batch, 7) * 2
+        if declared:
+            torch._dynamo.mark_dynamic(x, 1)
+        with torch.no_grad():
+            assert torch.equal(compiled(x), module(x))
+    assert counters["snn_compile"]["recurrences_stepped"] == (0 if declared else 3)
+
+
 def test_recurrent_layer_under_autocast():
     """A batch norm of bf16 values with fp32 parameters stays with Inductor; without it the step is a program."""
     module = Recurrent().eval()
