@@ -529,6 +529,18 @@ def steps_as_slices_batch_first(x):
     return torch.cat(out, dim=1)
 
 
+@case((6, 7), (), (), (), (), ())
+def bounded_parameters(x, a, b, c, d, e):
+    v, i, out = torch.zeros_like(x[0]), torch.zeros_like(x[0]), []
+    for t in range(x.shape[0]):
+        i = a.clamp(0, 1) * i + b.relu() * x[t]
+        v = c.clamp(min=0.5) * torch.where(d > 0.9, d, 0.9) * v + i
+        s = Sigmoid.apply(v - F.hardtanh(e, 0.2, 1.0), 4.0)
+        v = v - s
+        out.append(s)
+    return torch.stack(out)
+
+
 @case(atol=1e-5)
 def batch_norm_after_a_first_step_that_differs(x):
     mean, var = torch.zeros(x.shape[-1]), torch.ones(x.shape[-1])
