@@ -65,7 +65,7 @@ def _is_linear(node: fx.Node, partial: set[fx.Node]) -> bool:
     operands = list(node.args[:2])
     if node.target is aten.where.self:  # the derivative of a clamp: the sum, or nothing
         taken = [o for o in node.args[1:] if not _is_zero(o)]
-        return node.args[0] not in partial and all(o in partial for o in taken)
+        return node.args[0] not in partial and partial.issuperset(taken)
     if node.target in ADDITIVE:
         return all(o in partial for o in operands)
     if node.target is aten.mul.Tensor:
@@ -74,4 +74,4 @@ def _is_linear(node: fx.Node, partial: set[fx.Node]) -> bool:
 
 
 def _is_zero(node: object) -> bool:
-    return isinstance(node, fx.Node) and node.target is aten.scalar_tensor.default and node.args[0] == 0
+    return isinstance(node, fx.Node) and node.target is aten.scalar_tensor.default and bool(node.args[0] == 0)
