@@ -16,7 +16,7 @@ from snn_compile.errors import Reject
 from snn_compile.ir.loop import Loop
 from snn_compile.ir.recurrence import Carry, Const, Output, Recurrence, TimeSeries
 from snn_compile.ir.stepped import SteppedRecurrence
-from snn_compile.ir.values import example, is_getitem, known_int, shape_hint
+from snn_compile.ir.values import example, is_getitem, known_int, shape_hint, shape_key
 from snn_compile.lowering import ops
 from snn_compile.lowering.registration import NAMESPACE
 from snn_compile.passes.hoist_creations import inline_creations, number_of
@@ -163,10 +163,10 @@ def _shrink_initial_states(call: fx.Node, loop: Loop) -> None:
 
     A size that is not known (``zeros_like(x[0])`` under `dynamic=True`) is compared as the expression that it is.
     """
-    lanes = {str(tuple(v.shape[1:])) for v in map(example, loop.split(call.args)[1]) if isinstance(v, torch.Tensor)}
+    lanes = {shape_key(v)[1:] for v in map(example, loop.split(call.args)[1]) if isinstance(v, torch.Tensor)}
     for i, init in enumerate(call.args[: len(loop.carries)]):
         value = example(init)
-        if not isinstance(init, fx.Node) or (number := number_of(init)) is None or str(tuple(value.shape)) not in lanes:
+        if not isinstance(init, fx.Node) or (number := number_of(init)) is None or shape_key(value) not in lanes:
             continue
         with call.graph.inserting_before(call):
             new = call.graph.call_function(torch.full, ((), number), {"dtype": value.dtype, "device": value.device})

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from snn_compile.errors import Reject
-from snn_compile.ir.values import example, hint
+from snn_compile.ir.values import example, hint, known_int
 
 
 def batch_norm_over_time(  # type: ignore[no-untyped-def]
@@ -28,8 +28,7 @@ def batch_norm_over_time(  # type: ignore[no-untyped-def]
     eps=1e-5,
 ):
     """`x [T*B, C, …]` -> normalised, of the same shape; updates the running statistics ``[C]``. Run on proxies."""
-    value = example(x.node)
-    space, count = value.dim() - 2, value.numel() // (value.shape[0] * value.shape[1]) * (value.shape[0] // steps)
+    space, count = example(x.node).dim() - 2, _count(x, steps)
     x = x.unflatten(0, (steps, -1))
     var, mean = torch.var_mean(x, (1, *range(3, 3 + space)), correction=0, keepdim=True)
     y = (x - mean) * torch.rsqrt(var + eps)
@@ -40,9 +39,15 @@ def batch_norm_over_time(  # type: ignore[no-untyped-def]
     if running_mean is not None:
         share = [momentum * (1.0 - momentum) ** (steps - 1 - t) for t in range(steps)]
         for running, statistic, factor in ((running_mean, mean, 1.0), (running_var, var, count / (count - 1))):
-            seen = statistic.detach().reshape(steps, -1) * running.new_tensor([[s * factor] for s in share])
+            seen = statistic.detach().reshape(steps, -1) * factor * running.new_tensor([[s] for s in share])
             running.copy_(running * (1.0 - momentum) ** steps + seen.sum(0))
     return y.flatten(0, 1)
+
+
+def _count(x, steps: int):  # type: ignore[no-untyped-def]
+    """How many values ``x [T*B, C, …]`` has for each step and channel: a number, or a node where sizes are symbolic."""
+    count = known_int(example(x.node).select(1, 0).numel())
+    return (x.select(1, 0).numel() if count is None else count) // steps
 
 
 def check_batch_norm(node: fx.Node, folded: set[fx.Node]) -> None:

@@ -26,7 +26,7 @@ from torch import fx
 
 from snn_compile.errors import Reject
 from snn_compile.ir.loop import Loop
-from snn_compile.ir.values import example, is_getitem
+from snn_compile.ir.values import example, is_getitem, shape_key
 from snn_compile.passes.batch_norm_over_time import batch_norm_over_time, check_batch_norm
 from snn_compile.passes.classify import AUTOGRAD_FUNCTION, OpInfo
 from snn_compile.passes.emit import attribute, emit, emit_function, replace_by_results
@@ -172,7 +172,7 @@ def _unfold(graph: fx.Graph, node: fx.Node, length: int) -> fx.Node:
 def _check_folds(loop: Loop, infos: dict[fx.Node, OpInfo]) -> None:
     placeholders = loop.placeholders()
     n, m = len(loop.carries), len(loop.xs)
-    batches = {x.example.shape[0] if x.example.dim() else None for x in loop.xs}
+    batches = {shape_key(x.example)[0] if x.example.dim() else None for x in loop.xs}
     if len(batches) != 1 or None in batches:
         raise Reject("its inputs have no common batch dim", location=loop.location)
     folded = set(placeholders[n : n + m])

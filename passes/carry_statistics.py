@@ -100,3 +100,23 @@ def _carry(gm: fx.GraphModule, call: fx.Node, loop: Loop, placeholder: object, n
     with gm.graph.inserting_after(final):
         gm.graph.call_method("copy_", (buffer, final))
     final.meta = {"example_value": value}
+
+
+def separate_saved_statistics(gm: fx.GraphModule) -> None:
+    """A batch norm ahead of statistics that are written back once (a first step that differs) gets a copy of them.
+
+    Autograd saves its statistics, and refuses what was written into since: `copy_` is seen, a batch norm's own update is not.
+    """
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    for node in [n for n in order if updates_statistics(n)]:
+        given = arguments(node)
+        for buffer in (given["running_mean"], given["running_var"]):
+            assert isinstance(buffer, fx.Node)
+            writes = [u for u in buffer.users if u.target == "copy_" and u.args[0] is buffer]
+            if not any(order.get(w, 0) > order[node] for w in writes):
+                continue
+            with gm.graph.inserting_before(node):
+                own = gm.graph.call_method("clone", (buffer,))
+            node.replace_input_with(buffer, own)
+            with gm.graph.inserting_after(node):
+                gm.graph.call_method("copy_", (buffer, own))

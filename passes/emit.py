@@ -29,6 +29,13 @@ def attribute(gm: fx.GraphModule, loop: Loop, node: fx.Node) -> fx.Node:
     return new
 
 
+def delete_unused_children(gm: fx.GraphModule) -> None:
+    """Not `delete_all_unused_submodules`, which empties the bodies of regions: their own children are named in no node here."""
+    used = {str(n.target).split(".")[0] for n in gm.graph.nodes if n.op in ("get_attr", "call_module")}
+    for name in [name for name, _ in gm.named_children() if name not in used]:
+        gm.delete_submodule(name)
+
+
 def replace_by_results(node: fx.Node, results: Sequence[fx.Node]) -> None:
     """A node of several results goes: ``getitem(node, i)`` becomes ``results[i]``."""
     for user in list(node.users):

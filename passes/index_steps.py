@@ -13,7 +13,7 @@ import operator
 import torch
 from torch import fx
 
-from snn_compile.ir.values import example, is_getitem
+from snn_compile.ir.values import example, is_getitem, known_int
 from snn_compile.passes.emit import emit
 
 
@@ -47,8 +47,8 @@ def _step(node: fx.Node) -> tuple[int, int] | None:
         return None
     dim, found = narrow[0]
     start = 0 if found.start is None else found.start
-    size = value.shape[dim]
-    if not all(isinstance(n, int) for n in (start, found.stop, size)) or found.step not in (None, 1):
+    size = known_int(value.shape[dim])
+    if size is None or not all(isinstance(n, int) for n in (start, found.stop)) or found.step not in (None, 1):
         return None
     return (dim, start) if 0 <= start < size and found.stop == start + 1 else None
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import operator
+import sys
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from snn_compile.errors import Reject
-from snn_compile.ir.values import base_name, example, is_getitem, user_location
+from snn_compile.ir.values import base_name, example, is_getitem, known_int, shape_key, user_location
 
 
 @dataclass
@@ -24,13 +25,13 @@ class TimeSlices:
     count: int
 
     def check(self, value: torch.Tensor) -> None:
-        size = value.shape[self.dim]
-        if isinstance(size, int):
-            first = self.first % size if -size <= self.first < size else self.first
-            last = first + self.step * (self.count - 1)
-            if not (0 <= first < size and 0 <= last < size):
-                raise Reject("an index runs out of the tensor it reads", node=self.source)
-            self.first = first
+        size = known_int(value.shape[self.dim])
+        if size is not None and -size <= self.first < 0:
+            self.first += size
+        last = self.first + self.step * (self.count - 1)
+        ends = range(size) if size is not None else range(sys.maxsize) if self.first >= 0 else range(-sys.maxsize, 0)
+        if self.first not in ends or last not in ends:
+            raise Reject("an index runs out of the tensor it reads", node=self.source)
 
     def emit(self, graph: fx.Graph) -> fx.Node:
         """The operand: time at dim 0, just the steps that are read, in memory order (a view, never a copy)."""
@@ -103,7 +104,7 @@ def stackable(column: list[object], may_be_given: bool = False) -> StackedValues
         return None
     if not all(isinstance(v, torch.Tensor) for v in values):
         return None
-    if len({(tuple(v.shape), v.dtype, v.device) for v in values}) != 1:  # type: ignore[union-attr]
+    if len({(shape_key(v), v.dtype, v.device) for v in values}) != 1:  # type: ignore[union-attr]
         return None
     return StackedValues(column)  # type: ignore[arg-type]
 

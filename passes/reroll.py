@@ -28,6 +28,7 @@ from torch import fx
 from snn_compile.errors import Reject, Rejection
 from snn_compile.ir.loop import Loop
 from snn_compile.ir.values import user_line, user_location
+from snn_compile.passes.emit import delete_unused_children
 from snn_compile.passes.find_repeats import Repeat, find_repeats
 from snn_compile.passes.plan_loop import LoopPlan
 from snn_compile.passes.relate_iterations import Graph, Run
@@ -60,7 +61,7 @@ def _drop_unused_bodies(gm: fx.GraphModule) -> None:
     """The bodies of the surrogate calls that went into a loop; each of them would be recompiled with `gm`."""
     for node in [n for n in gm.graph.nodes if n.op == "get_attr" and not n.users]:
         gm.graph.erase_node(node)
-    gm.delete_all_unused_submodules()
+    delete_unused_children(gm)
 
 
 def _first_loop(gm: fx.GraphModule, accept: Accept, min_length: int, name: str, rejections: dict[Key, Rejection]) -> Loop | None:

@@ -13,15 +13,19 @@ A check of shapes in Python (`if state.shape != x.shape: raise`) leaves its arit
 
 Dynamo hands the symbolic sizes of a surrogate's operands to its bodies, whether they read them or not.
 
+    x [s0, 8] of a step with calls   ->   x [32, 8]      (with a guard: for the first few sizes)
+
     trampoline_1(u); trampoline_2(w)   ->   Surrogate.apply(u); Surrogate.apply(w)      (`torch._dynamo.allow_in_graph`)
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 
 import torch
 from torch import fx
+from torch._guards import CompileContext
 
 from snn_compile.ir.values import example, known_int
 
@@ -38,6 +42,39 @@ def specialize_floats(gm: fx.GraphModule) -> None:
         _replace_by(node, number)
         if not node.users:
             gm.graph.erase_node(node)
+
+
+#: Of all times that Dynamo may trace one function (`recompile_limit`), those that may be spent on one size of batch each.
+SPECIALIZED_TRACES = 4
+
+
+def specialize_sizes(values: Iterable[object]) -> None:
+    """Fix the sizes of `values`, with a guard, where they are symbolic only because an earlier call had others.
+
+    A step with calls is traced for its sizes, and so is the next size of the batch: a training set has two, the last one being
+    smaller. Sizes that the caller declared dynamic, or that change all the time, stay symbolic.
+    """
+    identity = CompileContext.current_compile_id()
+    traces = identity.frame_compile_id if identity is not None else None
+    if traces is None or traces >= SPECIALIZED_TRACES or not torch._dynamo.config.assume_static_by_default:
+        return
+    for value in values:
+        sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else ()
+        for size in sizes:
+            if isinstance(size, torch.SymInt) and not _is_declared_dynamic(size):
+                int(size)
+
+
+def _is_declared_dynamic(size: torch.SymInt) -> bool:
+    """`torch._dynamo.mark_dynamic`, which a guard on one size would contradict."""
+    environment, symbols = size.node.shape_env, size.node.expr.free_symbols
+    for tracked in environment.tracked_fakes or ():
+        constraints = getattr(tracked.symbolic_context, "constraint_sizes", None) or ()
+        for own, constraint in zip(getattr(tracked.fake, "shape", ()), constraints, strict=False):
+            declared = constraint is not None and not constraint.warn_only
+            if declared and isinstance(own, torch.SymInt) and own.node.expr.free_symbols & symbols:
+                return True
+    return any(environment.is_unbacked_symint(s) for s in symbols)
 
 
 def name_allowed_functions(gm: fx.GraphModule) -> None:

@@ -63,8 +63,15 @@ def _is_linear(node: fx.Node, partial: set[fx.Node]) -> bool:
     if node.target in RESHAPES or node.target in LINEAR:
         return True
     operands = list(node.args[:2])
+    if node.target is aten.where.self:  # the derivative of a clamp: the sum, or nothing
+        taken = [o for o in node.args[1:] if not _is_zero(o)]
+        return node.args[0] not in partial and partial.issuperset(taken)
     if node.target in ADDITIVE:
         return all(o in partial for o in operands)
     if node.target is aten.mul.Tensor:
         return sum(o in partial for o in operands) == 1
     return node.target is aten.div.Tensor and operands[0] in partial and operands[1] not in partial
+
+
+def _is_zero(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.target is aten.scalar_tensor.default and bool(node.args[0] == 0)

@@ -6,12 +6,13 @@ y, v = loop(v, x)   ->   h0 = …x[0]…; h1 = …x[1]…; …; y = stack([s0, s
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 
 import torch
 from torch import fx
 
 from snn_compile.ir.loop import Loop
-from snn_compile.ir.values import example, is_getitem
+from snn_compile.ir.values import example, is_getitem, storage_key
 from snn_compile.passes.emit import attribute
 from snn_compile.passes.functionalize import store
 
@@ -72,15 +73,36 @@ def _replace(graph: fx.Graph, user: fx.Node, result: fx.Node) -> None:
 
 
 def restore_writes(gm: fx.GraphModule) -> None:
-    """``b1 = store(b, i, s)`` -> ``b[i] = s`` where nobody reads the old ``b`` afterwards."""
+    """``b1 = store(b, i, s)`` -> ``b[i] = s`` where nobody reads the old ``b``, or a view of it, afterwards.
+
+    A kernel's backward reads its operands afterwards: they are saved, and autograd refuses those that were written into.
+    """
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    views = {n for n in order if n.target is not store and _is_view(n)}
     for node in list(gm.graph.nodes):
         if node.target is not store:
             continue
         buffer, index, value = node.args
-        if any(order.get(u, 0) > order[node] for u in buffer.users) or buffer.op == "placeholder":
+        if buffer.op == "placeholder" or any(order.get(u, 0) > order[node] or _saves(u) for u in _readers(buffer, views)):
             continue
         with gm.graph.inserting_before(node):
             gm.graph.call_function(operator.setitem, (buffer, index, value))
         node.replace_all_uses_with(buffer)
         gm.graph.erase_node(node)
+
+
+def _readers(buffer: fx.Node, views: set[fx.Node]) -> Iterator[fx.Node]:
+    for user in buffer.users:
+        yield user
+        if user in views:
+            yield from _readers(user, views)
+
+
+def _is_view(node: fx.Node) -> bool:
+    key = storage_key(node)
+    return key is not None and any(storage_key(i) == key for i in node.all_input_nodes)
+
+
+def _saves(node: fx.Node) -> bool:
+    """One of our kernels. All other ops read what they read in the code as it was written, where the write was allowed."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "snn_compile"

@@ -31,11 +31,13 @@ from snn_compile.lowering.registration import register
 from snn_compile.passes.batch_time import batch_time
 from snn_compile.passes.carry_statistics import carry_statistics, updates_statistics
 from snn_compile.passes.channels_last import channels_last
+from snn_compile.passes.carry_statistics import carry_statistics, separate_saved_statistics, updates_statistics
 from snn_compile.passes.chunk_time import chunk_length, chunk_time
 from snn_compile.passes.classify import OpInfo, classify
 from snn_compile.passes.convolutions_at_one_position import is_at_one_position, replace_convolutions_at_one_position
 from snn_compile.passes.decompose import decompose
 from snn_compile.passes.distribute import Group, distribute, find_groups
+from snn_compile.passes.emit import delete_unused_children
 from snn_compile.passes.fold_batch_norm import fold_batch_norm
 from snn_compile.passes.fold_threshold import fold_threshold
 from snn_compile.passes.functionalize import functionalize
@@ -48,9 +50,16 @@ from snn_compile.passes.hoist_creations import hoist_creations
 from snn_compile.passes.index_steps import index_steps
 from snn_compile.passes.inline_detached import inline_detached
 from snn_compile.passes.inline_steps import inline_steps
+from snn_compile.passes.read_steps_in_regions import read_steps_in_regions
 from snn_compile.passes.reroll import reroll
 from snn_compile.passes.roll_scan import roll_scans
-from snn_compile.passes.specialize import drop_unread_sizes, fold_sizes, name_allowed_functions, specialize_floats
+from snn_compile.passes.specialize import (
+    drop_unread_sizes,
+    fold_sizes,
+    name_allowed_functions,
+    specialize_floats,
+    specialize_sizes,
+)
 from snn_compile.passes.unroll import restore_writes, unroll
 
 log = logging.getLogger("snn_compile")
@@ -83,6 +92,7 @@ COUNTERS = (
 #: The pipeline as a table of contents: (name, what it does).
 PASSES = (
     ("inline_steps", "a step that was traced once, as a nested compile region, becomes the ops of every step"),
+    ("read_steps_in_regions", "a checkpointed region that is handed every step of a series reads them itself"),
     ("specialize", "numbers that became symbolic without need are numbers again; checks of shapes leave no trace"),
     ("decompose", "an opaque neuron op becomes the plain loop registered for it"),
     ("inline_detached", "a surrogate whose gradient nobody asks for becomes what its forward computes"),
@@ -148,6 +158,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     dump = _Dump(config.dump)
     dump(work, "0_dynamo")
     inline_steps(work)
+    read_steps_in_regions(work)
     specialize_floats(work)
     fold_sizes(work)
     drop_unread_sizes(work)
@@ -165,6 +176,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     loops += rerolled
     report.loops, report.rejections = loops, report.rejections + rejections + refused
     counters["snn_compile"]["loops_rerolled"] += len(loops)
+    _specialize_steps_with_calls(work, config)
     dump(work, "2_reroll")
     for call, loop in _calls(work):
         counters["snn_compile"]["consumers_fused"] += fuse_consumers(work, call, loop, is_pointwise_op)
@@ -192,6 +204,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
         unroll(work, call, loop)
     restore_writes(work)
     counters["snn_compile"]["convolutions_channels_last"] += channels_last(work.graph)
+    separate_saved_statistics(work)
     _finish(work)
     dump(work, "6_unroll")
     report.changed = True
@@ -215,7 +228,7 @@ class _Backup:
         for name, child in self.children.items():
             self.gm.add_submodule(name, child)
         self.gm.graph = self.graph
-        self.gm.delete_all_unused_submodules()
+        delete_unused_children(self.gm)
 
 
 #: Higher-order ops that run their body as it is: a loop inside is a loop like any other.
@@ -281,6 +294,14 @@ def _step_from(loop: Loop) -> str:
 def _may_step(groups: list[Group], infos: dict[fx.Node, OpInfo]) -> bool:
     """Whether a recurrence that is no kernel can be a program of kernels and calls: nothing in it writes or draws numbers."""
     return any(g.recurrent and all(infos[n].pure or updates_statistics(n) for n in g.nodes) for g in groups)
+
+
+def _specialize_steps_with_calls(gm: fx.GraphModule, config: Config) -> None:
+    for call, loop in _calls(gm):
+        infos = classify(loop, is_pointwise_op)
+        groups = [g for g in find_groups(loop, infos) if not g.is_kernel]
+        if loop.length >= config.step_from and _may_step(groups, infos):
+            specialize_sizes(map(example, flat_nodes(call.args)))
 
 
 def _runs_by_channel(nodes: list[fx.Node], infos: dict[fx.Node, OpInfo]) -> bool:
@@ -421,7 +442,7 @@ def _finish(gm: fx.GraphModule) -> None:
     for node in reversed(list(gm.graph.nodes)):
         if node.op == "get_attr" and not node.users:
             gm.graph.erase_node(node)
-    gm.delete_all_unused_submodules()  # a loop that is left here could not be pickled, and AOTAutograd's cache would give up
+    delete_unused_children(gm)  # a loop that is left here could not be pickled, and AOTAutograd's cache would give up
     gm.graph.lint()
     gm.recompile()
 

@@ -136,6 +136,20 @@ def test_recurrent_layer(how, training):
     assert counters["snn_compile"]["recurrences_stepped"] == 1
 
 
+@pytest.mark.parametrize("declared", [False, True], ids=["as it comes", "mark_dynamic"])
+def test_recurrent_layer_for_another_batch(declared):
+    """Each size has a program of its own, unless the caller says that sizes change."""
+    module = Recurrent().eval()
+    compiled = torch.compile(module, backend=snn, options={"step_from": 4})
+    for batch in (6, 5, 4):
+        x = torch.randn(5, batch, 7) * 2
+        if declared:
+            torch._dynamo.mark_dynamic(x, 1)
+        with torch.no_grad():
+            assert torch.equal(compiled(x), module(x))
+    assert counters["snn_compile"]["recurrences_stepped"] == (0 if declared else 3)
+
+
 def test_recurrent_layer_under_autocast():
     """A batch norm of bf16 values with fp32 parameters stays with Inductor; without it the step is a program."""
     module = Recurrent().eval()
@@ -177,6 +191,33 @@ def test_checkpoint():
     module = Neuron()
     compiled = torch.compile(lambda x: checkpoint(module, x, use_reentrant=False), backend=snn)
     check_module(module, compiled, torch.randn(X) * 2)
+    assert counters["snn_compile"]["recurrences_lowered"] == 1
+
+
+class IteratesOverTime(nn.Module):
+    """Dynamo takes the steps of a tensor from outside out of a checkpointed region."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(7, 7)
+        self.decay = nn.Parameter(torch.tensor(0.8))
+
+    def forward(self, x):
+        return checkpoint(self.neuron, self.linear(x) * 2, use_reentrant=False)
+
+    def neuron(self, x):
+        v, out = torch.zeros_like(x[0]), []
+        for step in x:
+            v = self.decay * v + step
+            s = zoo.Sigmoid.apply(v - 1.0, 4.0)
+            v = v - s
+            out.append(s)
+        return torch.stack(out)
+
+
+def test_checkpointed_iteration_over_time():
+    module = IteratesOverTime()
+    check_module(module, torch.compile(module, backend=snn), torch.randn(X) * 2)
     assert counters["snn_compile"]["recurrences_lowered"] == 1
 
 

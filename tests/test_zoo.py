@@ -85,7 +85,11 @@ def test_length(name, steps):
     check(case, case.inputs(steps))
 
 
-@pytest.mark.parametrize("name", ["lif", "cuba_lif_two_states", "parametric_lif", "linear_layers_in_the_loop"])
+DYNAMIC = ["lif", "cuba_lif_two_states", "parametric_lif", "linear_layers_in_the_loop", "steps_as_slices", "buffer_read_back"]
+DYNAMIC += ["both_directions_in_one_loop", "rate_regularised_in_the_loop"]
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
 def test_dynamic_shapes(name):
     case = zoo.CASES[name]
     report = check(case, case.inputs(8), dynamic=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # ------------------------------------------------------------------------------------------------------------ surrogates
@@ -526,6 +527,51 @@ def steps_as_slices_batch_first(x):
         v, s = _step(v, x[:, t : t + 1])
         out.append(s)
     return torch.cat(out, dim=1)
+
+
+@case((6, 7), (), (), (), (), ())
+def bounded_parameters(x, a, b, c, d, e):
+    v, i, out = torch.zeros_like(x[0]), torch.zeros_like(x[0]), []
+    for t in range(x.shape[0]):
+        i = a.clamp(0, 1) * i + b.relu() * x[t]
+        v = c.clamp(min=0.5) * torch.where(d > 0.9, d, 0.9) * v + i
+        s = Sigmoid.apply(v - F.hardtanh(e, 0.2, 1.0), 4.0)
+        v = v - s
+        out.append(s)
+    return torch.stack(out)
+
+
+@case(atol=1e-5)
+def batch_norm_after_a_first_step_that_differs(x):
+    mean, var = torch.zeros(x.shape[-1]), torch.ones(x.shape[-1])
+    v, out = 0.0, []
+    for t in range(x.shape[0]):
+        h = v * 0.5 + F.batch_norm(x[t], mean, var, training=True)
+        s = Sigmoid.apply(h - 1.0, 4.0)
+        v = h * (1.0 - s)
+        out.append(s)
+    return torch.stack(out), mean, var
+
+
+@case()
+def both_directions_in_one_loop(x):
+    v, back, out, reverse = torch.zeros_like(x[0]), torch.zeros_like(x[0]), [], []
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        out.append(s)
+        back, s = _step(back, x[-1 - t])
+        reverse.insert(0, s)
+    return torch.stack(out) + torch.stack(reverse)
+
+
+@case()
+def rate_regularised_in_the_loop(x):
+    v, loss, count = torch.zeros_like(x[0]), 0.0, 0.0
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        loss = loss + (s.mean() - 0.1) ** 2
+        count = count + s.sum(1)
+    return count, loss
 
 
 @case()

@@ -47,6 +47,11 @@ def shape_hint(value: torch.Tensor) -> tuple[int, ...]:
     return tuple(hint(s) for s in value.shape)
 
 
+def shape_key(value: torch.Tensor) -> tuple[object, ...]:
+    """The shape as a hashable value, which a symbolic size is not: sizes are the same where they are one expression."""
+    return tuple(size if isinstance(size, int) else size.node.expr for size in value.shape)
+
+
 def storage_key(node: fx.Node) -> int | None:
     """Nodes with the same key alias each other (fake tensors share storages as real ones would)."""
     value = example(node)
