@@ -15,9 +15,10 @@ from torch import Tensor
 
 from snn_compile.ir.stepped import Program, SteppedRecurrence
 from snn_compile.ir.values import known_int
+from snn_compile.lowering.channel_program import Given, Unsupported, Wanted, examples_of, is_by_channel
 from snn_compile.lowering.cpp import compiler
 from snn_compile.lowering.cpp import target as cpp
-from snn_compile.lowering.cpp.by_channel import ChannelSource, Given, Unsupported, Wanted, examples_of, generate, is_by_channel
+from snn_compile.lowering.cpp.by_channel import ChannelSource, generate
 from snn_compile.lowering.cpp.names import identifier
 from snn_compile.lowering.cpp.plan import STREAM_BYTES
 from snn_compile.lowering.launch import Direction, Target

@@ -18,15 +18,14 @@ from operator import getitem
 from typing import Any
 
 import torch
-from torch import fx
 
 from snn_compile.ir.stepped import Call, Program, Region, Slot
+from snn_compile.lowering.channel_program import RESHAPES, Given, Shapes, Unsupported, Wanted, slots_read, summed
 from snn_compile.lowering.cpp.emit import Emitter, Text, results
 from snn_compile.lowering.cpp.names import Names, comment
 from snn_compile.lowering.cpp.prelude import prelude
 
 aten = torch.ops.aten
-RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.default)
 
 
 #: How the address of a row of a buffer ends.
@@ -50,33 +49,6 @@ class Lane:
 
     values: dict[int, str]
     targets: dict[str, str]
-
-
-class Unsupported(Exception):
-    """The program is not one that runs channel by channel."""
-
-
-@dataclass(frozen=True)
-class Given:
-    """An input slot of the program. ``carry``: an initial value, then `next`; ``before``: a state before each step, as its
-    initial value and the series of those after each step; ``series``; ``const``; ``zero``: absent."""
-
-    slot: int
-    kind: str
-    name: str
-    next: int | None = None
-
-    @property
-    def tensors(self) -> int:
-        return {"zero": 0, "before": 2}.get(self.kind, 1)
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A result: ``series`` (a value of each step), ``final`` (the last value of the carry in `slot`), ``sum`` over the steps."""
-
-    slot: int
-    kind: str
 
 
 @dataclass(frozen=True)
@@ -128,10 +100,8 @@ class _Writer:
     stored: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        whole = [v.shape for v in self.values if isinstance(v, torch.Tensor) and v.dim() > 2]
-        if not whole:
-            raise Unsupported
-        self.shape = max(whole, key=lambda s: (len(s), s.numel()))
+        self.shapes = Shapes(self.values, fewest_dims=3)
+        self.shape = self.shapes.whole
         self.series = {w.slot for w in self.wanted if w.kind == "series"}
 
     # -------------------------------------------------------------------------------------------------------------- text
@@ -199,19 +169,10 @@ class _Writer:
     # ------------------------------------------------------------------------------------------------------------- shapes
 
     def is_whole(self, slot: int) -> bool:
-        return self._tensor(slot).shape == self.shape
+        return self.shapes.is_whole(slot)
 
-    def is_channel(self, slot: int, broadcasts: bool = False) -> bool:
-        """One value a channel; `broadcasts`: in a shape that stretches over whole values."""
-        shape, ones = tuple(self._tensor(slot).shape), (1,) * (len(self.shape) - 2)
-        c = self.shape[1]
-        return shape in ((c, *ones), (1, c, *ones)) or (not broadcasts and shape == (c,))
-
-    def _tensor(self, slot: int) -> torch.Tensor:
-        value = self.values[slot]
-        if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
-            raise Unsupported
-        return value
+    def is_channel(self, slot: int) -> bool:
+        return self.shapes.is_channel(slot)
 
     # ------------------------------------------------------------------------------------------------------------ the whole
 
@@ -364,14 +325,8 @@ class _Writer:
     def _region(self, unit: Region, rest: Sequence[Region | Call]) -> None:
         graph = unit.kernel.step.graph
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-        shape = torch.Size(unit.kernel.meta["shape"])
-        whole = shape == self.shape
+        whole = self.shapes.of_region(unit)
         nodes, made = [n for n in graph.nodes if n.op == "call_function"], results(graph)
-        if not whole and not all(self.is_channel(o) for o in unit.outputs):
-            raise Unsupported
-        for slot in (*unit.inputs, *unit.outputs):
-            if self._tensor(slot).dim() and not (whole and self.is_whole(slot)) and not self.is_channel(slot, broadcasts=whole):
-                raise Unsupported
         emitter = Emitter(self.names.copy() if whole else self.names, helpers=self.helpers, is_scalar=not whole)
         operands = dict(zip(placeholders, unit.inputs, strict=True))
         if not whole:
@@ -390,7 +345,7 @@ class _Writer:
         calls = [call for call in rest if isinstance(call, Call)]
         sums = [s for call in calls for s in self._sums(call, unit)]
         read += [
-            s for call in calls if call.output in self.summed for s in _summed(call) if s in self.row and s not in unit.outputs
+            s for call in calls if call.output in self.summed for s in summed(call) if s in self.row and s not in unit.outputs
         ]
         read = list(dict.fromkeys(read))
         self.line(*(f"double {s.name} = 0.0;" for s in sums))
@@ -418,9 +373,7 @@ class _Writer:
 
     def _is_read_again(self, slot: int, rest: Sequence[Region | Call]) -> bool:
         """Soon, by a unit of this step or as a state of the next."""
-        read = [
-            i for u in rest for i in (u.inputs if isinstance(u, Region) else [a.index for a in u.args if isinstance(a, Slot)])
-        ]
+        read = [i for u in rest for i in slots_read(u)]
         return slot in read or self._is_next(slot)
 
     def _of_channel(self, slot: int) -> str:
@@ -458,7 +411,7 @@ class _Writer:
 
     def _sums(self, call: Call, region: Region) -> list[Sum]:
         """Sums over the channel that `call` needs, where `region` makes what is summed: added up in its loop."""
-        slots = _summed(call)
+        slots = summed(call)
         if self.shape[2:].numel() < _SHORT:
             return []
         if not any(s in region.outputs for s in slots) or not all(s in region.outputs or s in self.row for s in slots):
@@ -469,10 +422,10 @@ class _Writer:
 
     def _first_pass(self, call: Call) -> list[Sum]:
         if call.target is aten.native_batch_norm.default:
-            (h,) = _summed(call)
+            (h,) = summed(call)
             total = self.names.unique(f"total_{call.output}")
             return [Sum(total, lambda texts: texts[h], total)]
-        g, h = _summed(call)
+        g, h = summed(call)
         mean = self._of_channel(call.args[5].index)  # type: ignore[union-attr, attr-defined]
         total, product = (self.names.unique(f"{n}_{call.output}") for n in ("total", "product"))
         # (gradients are equal to rounding: a row is summed in fp32)
@@ -578,21 +531,3 @@ class _Writer:
                 self.line(f"*({self._address(name, w.slot, None)}) = {name}_sum;")
             elif w.kind == "final":
                 self._store(w.slot, self._address(name, w.slot, None))
-
-
-def _summed(call: Call) -> tuple[int, ...]:
-    """The slots that the first pass of a batch norm, or of its backward, sums over the channel."""
-    count = {aten.native_batch_norm.default: 1, aten.native_batch_norm_backward.default: 2}.get(call.target, 0)  # type: ignore[call-overload]
-    return tuple(a.index for a in call.args[:count] if isinstance(a, Slot))
-
-
-def is_by_channel(program: Program) -> bool:
-    """Whether the program's calls look along channels only, one of them at least: the cheap half of what `generate` finds out."""
-    targets = {u.target for u in program.units if isinstance(u, Call)}
-    norms = {aten.native_batch_norm.default, aten.native_batch_norm_backward.default}
-    return bool(targets & norms) and targets <= {getitem, *RESHAPES, *norms}
-
-
-def examples_of(gm: fx.GraphModule) -> list[Any]:
-    """An example of each slot of a program: placeholders and ops in the order of its graph."""
-    return [n.meta.get("val") for op in ("placeholder", "call_function") for n in gm.graph.nodes if n.op == op]
