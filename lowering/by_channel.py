@@ -23,6 +23,9 @@ from snn_compile.lowering.cpp.names import identifier
 from snn_compile.lowering.cpp.plan import STREAM_BYTES
 from snn_compile.lowering.launch import Direction, Target
 from snn_compile.lowering.result_memory import allocate
+from snn_compile.lowering.triton import channel_kernel as triton
+from snn_compile.lowering.triton.channel_layout import Place, place
+from snn_compile.lowering.triton.heuristics import fills_device
 
 #: Steps of fewer values stay in the caches, where Inductor's unrolled loop is as fast or faster (measured on two cores).
 FEWEST_VALUES = 1 << 16
@@ -35,6 +38,13 @@ class Operand:
     tensor: Tensor
     timed: bool = False
     reverse: bool = False
+
+    def place(self, shape: torch.Size) -> Place | None:
+        return place(self.tensor, self.timed, self.reverse, shape)
+
+    def from_first_step(self) -> Tensor:
+        """A tensor that begins where the first step's value does."""
+        return self.tensor[-1] if self.reverse else self.tensor
 
     def address(self) -> int:
         start = (self.tensor.shape[0] - 1) * self.tensor.stride(0) if self.reverse else 0
@@ -63,16 +73,25 @@ def _with_rows(value: Tensor) -> Tensor:
 
 
 def suits_channels(value: Tensor) -> bool:
-    """fp32 on CPU, ``[N, C, *space]`` in that order in memory, in steps too large for the caches."""
+    """fp32; on CPU ``[N, C, *space]`` in that order in memory, in steps too large for the caches; on GPUs enough channels."""
+    if value.device.type == "cuda":
+        return _suits_gpu(value)
     if value.dtype != torch.float32 or value.device.type != "cpu" or value.dim() < 3:
         return False
     sizes = [known_int(s) for s in value.shape]
     return None not in sizes and value.is_contiguous() and value.numel() >= FEWEST_VALUES
 
 
+def _suits_gpu(value: Tensor) -> bool:
+    sizes = [known_int(s) for s in value.shape]
+    if value.dtype != torch.float32 or value.dim() < 2 or None in sizes or 0 in sizes:
+        return False
+    return fills_device(value.numel() // value.shape[1], value.shape[1], triton.processors(value.device))
+
+
 def runs_by_channel(program: Program, target: Target) -> bool:
     """Whether to ask for a kernel at all: most programs call matrix products."""
-    return target.name == "cpp" and is_by_channel(program)
+    return target.name in ("cpp", "triton") and is_by_channel(program)
 
 
 class ChannelKernel:
@@ -85,8 +104,14 @@ class ChannelKernel:
         self._function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 4 + [ctypes.c_bool, ctypes.c_int64, ctypes.c_void_p]
         self._function.restype = None
 
+    def run(self, operands: Sequence[Operand], steps: int) -> bool:
+        """`operands` in the order of the source's `given` and `wanted`. False where they do not lie in memory as they should."""
+        if not all(o.has_rows(len(self.source.shape)) for o in operands):
+            return False
+        self(operands, steps)
+        return True
+
     def __call__(self, operands: Sequence[Operand], steps: int) -> None:
-        """`operands` in the order of the source's `given` and `wanted`."""
         n, channels, *space = self.source.shape
         inner = torch.Size(space).numel()
         threads = max(1, min(torch.get_num_threads(), channels))
@@ -99,11 +124,25 @@ class ChannelKernel:
         self._function(pointers, numbers, steps, channels, n, inner, streaming, threads, scratch.data_ptr())
 
 
+class GpuChannelKernel:
+    """The same for Triton; it takes operands of more layouts, which is found out in a call."""
+
+    def __init__(self, kernel: triton.ChannelKernel) -> None:
+        self.kernel = kernel
+
+    def run(self, operands: Sequence[Operand], steps: int) -> bool:
+        places = [o.place(self.kernel.shape) for o in operands]
+        known = [p for p in places if p is not None]
+        if len(known) < len(places) or any(o.tensor.dtype != torch.float32 or o.tensor.numel() == 0 for o in operands):
+            return False
+        return self.kernel.run(known, [o.from_first_step() for o in operands], steps)
+
+
 class _Call:
     """What a kernel is given and what is wanted of it, with the tensors."""
 
-    def __init__(self, r: SteppedRecurrence, direction: Direction) -> None:
-        self.r, self.direction = r, direction
+    def __init__(self, r: SteppedRecurrence, direction: Direction, target: Target) -> None:
+        self.r, self.direction, self.target = r, direction, target
         self.given: list[tuple[Given, list[Operand]]] = []
         self.wanted: list[tuple[Wanted, Operand]] = []
 
@@ -123,29 +162,32 @@ class _Call:
 
     def run(self, steps: int) -> bool:
         """Fill what is wanted; False, and nothing is done, where the recurrence does not run so."""
-        key = (self.direction, tuple(g for g, _ in self.given), tuple(w for w, _ in self.wanted))
+        key = (self.target.name, self.direction, tuple(g for g, _ in self.given), tuple(w for w, _ in self.wanted))
         known = self.r.meta.setdefault("by_channel", {})
         if key not in known:
-            known[key] = self._kernel(*key[1:])
-        kernel: ChannelKernel | None = known[key]
+            known[key] = self._kernel(*key[2:])
+        kernel: ChannelKernel | GpuChannelKernel | None = known[key]
         operands = [o for _, some in self.given for o in some] + [o for _, o in self.wanted]
-        if kernel is None or steps == 0 or not all(o.has_rows(len(kernel.source.shape)) for o in operands):
-            return False
-        kernel(operands, steps)
-        return True
+        return kernel is not None and steps > 0 and kernel.run(operands, steps)
 
-    def _kernel(self, given: Sequence[Given], wanted: Sequence[Wanted]) -> ChannelKernel | None:
+    def laid_out(self, value: Tensor) -> Tensor:
+        return value if self.target.name == "triton" else _with_rows(value)
+
+    def _kernel(self, given: Sequence[Given], wanted: Sequence[Wanted]) -> ChannelKernel | GpuChannelKernel | None:
         is_backward = self.direction == "backward"
         program, gm = (self.r.backward, self.r.step_backward) if is_backward else (self.r.forward, self.r.step)
         assert program is not None and gm is not None
         name = f"{identifier(self.r.name)}_{self.direction}"
         with contextlib.suppress(Unsupported):
+            if self.target.name == "triton":
+                return GpuChannelKernel(triton.ChannelKernel(name, program, examples_of(gm), given, wanted, is_backward))
             return ChannelKernel(generate(name, program, examples_of(gm), given, wanted, is_backward))
         return None
 
 
 def forward_by_channel(
     r: SteppedRecurrence,
+    target: Target,
     inits: Sequence[Tensor],
     xs: Sequence[Tensor],
     values: Sequence[Tensor | None],
@@ -157,9 +199,9 @@ def forward_by_channel(
     `values`: what is known before the first step, by slot: constants and what the prologue made.
     """
     n, first = len(r.carries), len(r.carries) + len(r.xs)
-    call = _Call(r, "forward")
+    call = _Call(r, "forward", target)
     for i, (carry, init) in enumerate(zip(r.carries, inits, strict=True)):
-        call.give("carry", i, carry.name, Operand(_with_rows(init)), next=r.forward.outputs[i])
+        call.give("carry", i, carry.name, Operand(call.laid_out(init)), next=r.forward.outputs[i])
     for j, (spec, x) in enumerate(zip(r.xs, xs, strict=True)):
         call.give("series", n + j, spec.name, Operand(x, True, spec.reverse))
     call.give_constants(values, range(first, len(values)))
@@ -175,6 +217,7 @@ def forward_by_channel(
 
 def backward_by_channel(
     r: SteppedRecurrence,
+    target: Target,
     operands: Sequence[Tensor | None],
     kept: Sequence[Tensor],
     values: Sequence[Tensor | None],
@@ -183,10 +226,11 @@ def backward_by_channel(
 ) -> list[Tensor] | None:
     """The gradients, or None where that is not possible. `cotangents`: of the carries, and of the outputs, time first."""
     assert r.backward is not None
-    cotangents = [_with_rows(c) for c in cotangents[0]], [None if c is None else c.contiguous() for c in cotangents[1]]
     inits, xs, consts = r.split(operands)
     outputs, n_ct = r.backward.outputs, len(cotangents[0])
-    call = _Call(r, "backward")
+    call = _Call(r, "backward", target)
+    if target.name == "cpp":
+        cotangents = [_with_rows(c) for c in cotangents[0]], [None if c is None else c.contiguous() for c in cotangents[1]]
     _give_backward(call, inits, xs, kept, values, cotangents)
     first_ct, grads = len(operands) + r.n_residuals, []
     for k, (ct, carry) in enumerate(zip(cotangents[0], r.differentiable_carries, strict=True)):
@@ -200,7 +244,7 @@ def backward_by_channel(
         grads.append(allocate(x.shape, x.dtype, x.device))
         call.want("series", slot, Operand(grads[-1], True, spec.reverse))
     for const, way in zip((c for c, s in zip(consts, r.consts, strict=True) if s.needs_grad), r.reduced, strict=True):
-        grads.append(torch.zeros(const.shape, dtype=const.dtype))
+        grads.append(torch.zeros(const.shape, dtype=const.dtype, device=const.device))
         if way is not None and way.kind != "sum":
             return None
         if way is not None:
@@ -220,7 +264,7 @@ def _give_backward(
     n, n_ops = len(r.carries), len(r.carries) + len(r.xs) + len(r.consts)
     first_ct = n_ops + r.n_residuals
     for i, after in zip(r.history, kept, strict=False):
-        call.give("before", i, r.carries[i].name, Operand(after, True), Operand(_with_rows(inits[i])))
+        call.give("before", i, r.carries[i].name, Operand(after, True), Operand(call.laid_out(inits[i])))
     for j, (spec, x) in enumerate(zip(r.xs, xs, strict=True)):
         if x is not None:
             call.give("series", n + j, spec.name, Operand(x, True, spec.reverse))

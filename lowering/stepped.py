@@ -55,7 +55,7 @@ def run_stepped(r: SteppedRecurrence, target: Target, operands: Sequence[Tensor]
     runner.prepare(values)
     finals = None
     if runner.by_channel:
-        finals = forward_by_channel(r, inits, xs, values, list(zip(wanted, kept, reverse, strict=True)), steps)
+        finals = forward_by_channel(r, target, inits, xs, values, list(zip(wanted, kept, reverse, strict=True)), steps)
     if finals is None:
         series = [Slices(x, spec.reverse) for x, spec in zip(xs, r.xs, strict=True)]
         views = [Slices(k, back) for k, back in zip(kept, reverse, strict=True)]
@@ -136,7 +136,7 @@ def run_stepped_backward(
     runner.prepare(values)
     ct_carries, whole_ys = _cotangents(r, device_of(operands), cotangents)
     if runner.by_channel:
-        gradients = backward_by_channel(r, operands, kept, values, (ct_carries, whole_ys), steps)
+        gradients = backward_by_channel(r, target, operands, kept, values, (ct_carries, whole_ys), steps)
         if gradients is not None:
             return gradients
     # (the step that sees the initial state is not the first one here: the state must lie in memory like those after it)

@@ -1,0 +1,136 @@
+"""Launching the kernels of `by_channel`: the form that fits the sizes, the text for the layout, the arguments of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snn_compile.ir.stepped import Program
+from snn_compile.lowering.channel_program import Given, Shapes, Unsupported, Wanted
+from snn_compile.lowering.triton.by_channel import Form, generate
+from snn_compile.lowering.triton.channel_layout import ChannelLayout, Layout, Place, lay_out
+from snn_compile.lowering.triton.heuristics import Tile, channel_tile, fills_device
+from snn_compile.lowering.triton.memory import Argument
+from snn_compile.lowering.triton.target import Function, Launch, compile_options, on_device, warp_size
+from snn_compile.lowering.triton.text import KernelText
+
+#: Lanes and offsets within a step that 32-bit indices do not reach.
+_INT32 = 1 << 31
+
+
+class ChannelKernel:
+    """A program with its inputs and results; a text for each layout of them that is met."""
+
+    def __init__(
+        self, name: str, program: Program, values: Sequence[Any], given: Sequence[Given], wanted: Sequence[Wanted], reverse: bool
+    ) -> None:
+        """Arguments as of `generate`; `values`: an example of each slot."""
+        self.name, self.program, self.given, self.wanted, self.reverse = name, program, given, wanted, reverse
+        self.shapes = Shapes(values, fewest_dims=2)
+        self.shape = self.shapes.whole
+        if self.shape.numel() // self.shape[1] < 2:  # a whole value is then not to be told from one of a channel
+            raise Unsupported
+        self._functions: dict[ChannelLayout, Function | None] = {}
+
+    @property
+    def count(self) -> int:
+        """Values of a channel."""
+        return self.shape.numel() // self.shape[1]
+
+    def text(self, layout: ChannelLayout) -> KernelText:
+        """Raises `Unsupported`."""
+        form = Form(not self._tile(layout).fits, self.reverse)
+        return generate(self.name, self.program, self.shapes, self.given, self.wanted, layout, form)
+
+    def _tile(self, layout: ChannelLayout) -> Tile:
+        return channel_tile(self.count, layout.channels)
+
+    def _function(self, layout: ChannelLayout) -> Function | None:
+        if layout not in self._functions:
+            try:
+                self._functions[layout] = _compiled(self.text(layout))
+            except Unsupported:
+                self._functions[layout] = None
+        return self._functions[layout]
+
+    def run(self, places: Sequence[Place], tensors: Sequence[Tensor], steps: int) -> bool:
+        """`tensors` begin at their first step. False, and nothing is done, where the program or the sizes do not run so."""
+        layout, device = lay_out(places, self.shape), tensors[0].device
+        programs = -(-self.shape[1] // layout.key.channels)
+        if self.count >= _INT32 // 2 or not fills_device(self.count, programs, processors(device), layout.key.channels):
+            return False
+        function = self._function(layout.key)
+        if function is None:
+            return False
+        with on_device(device):
+            self._prepare(function, places, layout, tensors, steps)()
+        return True
+
+    def _prepare(
+        self, function: Function, places: Sequence[Place], layout: Layout, tensors: Sequence[Tensor], steps: int
+    ) -> Launch:
+        text, device = function.text, tensors[0].device
+        tile = channel_tile(self.count, layout.key.channels, warp_size(device))
+        programs = -(-self.shape[1] // layout.key.channels)
+        # a state has two halves, what is handed from loop to loop one
+        size = 2 * programs * self.count * layout.key.channels
+        scratch = [torch.empty(size, dtype=d, device=device) for d in text.scratch]
+        values = [self._argument(a, places, layout, tensors, scratch, steps) for a in text.arguments]
+        constants = {"BLOCK": tile.block, "CHANNELS": layout.key.channels, "INDEX": _index_type(places, self.shape)}
+        return Launch(function.for_values(values), programs, values, constants, channel_options(tile))
+
+    def _argument(
+        self,
+        argument: Argument,
+        places: Sequence[Place],
+        layout: Layout,
+        tensors: Sequence[Tensor],
+        scratch: Sequence[Tensor],
+        steps: int,
+    ) -> Tensor | int:
+        match argument.kind:
+            case "pointer":
+                return tensors[argument.tensor]
+            case "scratch":
+                return scratch[argument.tensor]
+            case "T":
+                return steps
+            case "size":
+                return (layout.rows, layout.inner, self.shape[1])[argument.dim]
+            case "lane_stride":
+                return layout.strides[argument.tensor][argument.dim]
+            case "stride":
+                return places[argument.tensor].channel
+            case _:
+                return places[argument.tensor].step
+
+
+@cache
+def _compiled(text: KernelText) -> Function:
+    return Function(text)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """0 where nothing is known of them."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+
+
+def _index_type(places: Sequence[Place], shape: Sequence[int]) -> Any:
+    import triton.language as tl
+
+    n, channels, *space = shape
+    inner = torch.Size(space).numel()
+    reach = max((n - 1) * p.row + (channels - 1) * p.channel + (inner - 1) * p.inner for p in places)
+    return tl.int64 if max(reach, 2 * torch.Size(shape).numel()) >= _INT32 else tl.int32
+
+
+def channel_options(tile: Tile, hip: bool | None = None) -> dict[str, Any]:
+    options = {"num_warps": tile.warps, **compile_options(hip)}
+    if "maxnreg" in options:
+        options["maxnreg"] = tile.registers
+    return options
