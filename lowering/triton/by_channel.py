@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import getitem
 
 import torch
@@ -26,7 +26,7 @@ from snn_compile.lowering.triton.analysis import needed, output_nodes
 from snn_compile.lowering.triton.channel_layout import ChannelLayout
 from snn_compile.lowering.triton.channel_norm import Norm, Reduction, norm_backward, norm_forward
 from snn_compile.lowering.triton.channel_tensors import NAMED, TILE, ChannelTensor, group_strides, lane_lines, program_lines
-from snn_compile.lowering.triton.emit import Emitter, user_name
+from snn_compile.lowering.triton.emit import Emitter, op_name, user_name
 from snn_compile.lowering.triton.memory import Argument, as_block
 from snn_compile.lowering.triton.names import Names, identifier
 from snn_compile.lowering.triton.text import KernelText, indent, mentions, module_text, used
@@ -75,7 +75,7 @@ class _Writer:
         self.tensors: dict[tuple[str, int], ChannelTensor] = {}
         self.scratch: list[Argument] = []
         self.strides = group_strides(layout, self.names)
-        #: slot of a channel's value -> its text
+        #: slot of a channel's value -> its text, of shape ``[1, CHANNELS]``
         self.channel: dict[int, Value] = {}
         #: slot of a whole value -> its variable: in this step, or, where there are tiles, in this tile
         self.here: dict[int, Value] = {}
@@ -91,7 +91,7 @@ class _Writer:
         self.waiting: list[Region] = []
         #: slots of whole values that are stored in their series
         self.stored: set[int] = set()
-        self.label = {g.slot: g.name for g in given}
+        self.label = _labels(program, given)
         self.carries = [g for g in given if g.kind == "carry"]
 
     def line(self, *lines: str) -> None:
@@ -124,17 +124,19 @@ class _Writer:
 
     def _declare(self) -> None:
         """Every tensor of the call, in order."""
-        given = [(kind, g.slot, g.name) for g in self.given for kind in ("after", "init")[2 - g.tensors :]]
-        wanted = [(w.kind, w.slot, f"result_{w.slot}") for w in self.wanted]
-        if len(set(wanted)) < len(wanted):
+        own = [(kind, g.slot) for g in self.given for kind in ("after", "init")[2 - g.tensors :]]
+        own += [(w.kind, w.slot) for w in self.wanted]
+        if len(set(own)) < len(own):
             raise Unsupported
-        for position, (kind, slot, base) in enumerate(given + wanted):
+        bases = Names(set())
+        for position, (kind, slot) in enumerate(own):
             group = self.layout.group_of[position]
             if (group is None and not self.shapes.is_channel(slot)) or (group is not None and not self.shapes.is_whole(slot)):
                 raise Unsupported
-            own = group is not None and (self.layout.groups[group].unit_lane or self.layout.groups[group].unit_channel)
-            base = f"{base}_after" if kind == "after" else base
-            self.tensors[kind, slot] = ChannelTensor(self.names, base, position, group, own)
+            is_unit = group is not None and (self.layout.groups[group].unit_lane or self.layout.groups[group].unit_channel)
+            label = self.label.get(slot, "result")
+            base = bases.unique({"init": label, "series": f"{label}_seq"}.get(kind, f"{label}_{kind}"))
+            self.tensors[kind, slot] = ChannelTensor(self.names, base, position, group, is_unit)
 
     def _assemble(self, body: list[str]) -> KernelText:
         lanes = [] if self.form.tiled else lane_lines(self.layout, self.strides, "")
@@ -169,7 +171,7 @@ class _Writer:
             if g.kind == "carry":
                 self._begin_carry(g, tensor)
             elif g.kind == "const" and tensor.group is None:
-                self.line(f"{self._channel_variable(g.slot, g.name)} = {tensor.load()}")
+                self._load_channel(g, tensor.load(), self.lines)
             elif g.kind == "const":
                 self.place[g.slot] = tensor.load()
         for w in self.wanted:
@@ -180,7 +182,7 @@ class _Writer:
         if g.next is None or g.next in [other.slot for other in self.given]:
             raise Unsupported
         if tensor.group is None:
-            self.line(f"{self._channel_variable(g.slot, g.name)} = {tensor.load()}")
+            self._load_channel(g, tensor.load(), self.lines)
         elif not self.form.tiled:
             self.here[g.slot] = Value.variable(self.names.unique(g.name), F32)
             self.line(f"{self.here[g.slot].text} = {tensor.load()}")
@@ -207,9 +209,9 @@ class _Writer:
         self.scratch.append(Argument(name, "scratch", len(self.scratch), aligned=True, dtype=F32))
         return name
 
-    def _channel_variable(self, slot: int, name: str) -> str:
-        self.channel[slot] = Value.variable(self.names.unique(name), F32, block=False)
-        return self.channel[slot].text
+    def _load_channel(self, g: Given, load: str, lines: list[str]) -> None:
+        self.channel[g.slot] = Value.variable(self.names.unique(self.label[g.slot]), F32)
+        lines.append(f"{self.channel[g.slot].text} = {load}")
 
     def _sum(self, slot: int) -> str:
         return f"{self.tensors['sum', slot].pointer.name.removesuffix('_ptr')}_sum"
@@ -218,12 +220,12 @@ class _Writer:
 
     def _loads_of_step(self) -> list[str]:
         """Of a channel's values, which the step may use or not; whole values are loaded where they are read."""
-        lines = []
+        lines: list[str] = []
         for g in self.given:
             if g.kind == "series" and self.shapes.is_whole(g.slot):
                 self.place[g.slot] = self.tensors["init", g.slot].load("t")
             elif g.kind == "series":
-                lines.append(f"{self._channel_variable(g.slot, g.name)} = {self.tensors['init', g.slot].load('t')}")
+                self._load_channel(g, self.tensors["init", g.slot].load("t"), lines)
             elif g.kind == "before":
                 self.place[g.slot] = self._before(g.slot)
         return lines
@@ -266,14 +268,12 @@ class _Writer:
         graph = unit.kernel.step.graph
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
         made = output_nodes(graph)
-        given = [self.value(s, user_name(p)) for p, s in zip(placeholders, unit.inputs, strict=True)]
-        emitter = Emitter(self.names, dict(zip(placeholders, given, strict=True)))
+        emitter = Emitter(self.names, {p: self.value(s) for p, s in zip(placeholders, unit.inputs, strict=True)})
         emitter.emit(needed(graph, made), [m for m in made if m is not None], named=True)
         self.line(*map(str, emitter.statements))
         for slot, node in zip(unit.outputs, made, strict=True):
             assert node is not None
             self.here[slot] = emitter.env[node]
-            self.label.setdefault(slot, user_name(node) or node.name)
             self._store(slot, slot in read_later)
 
     def _store(self, slot: int, is_read_later: bool) -> None:
@@ -289,10 +289,10 @@ class _Writer:
                 self.place[slot] = f"tl.load({addresses[0]}, mask=inside)"
         self.line(*(f"tl.store({address}, {value}, mask=inside)" for address in addresses))
 
-    def value(self, slot: int, name: str = "") -> Value:
+    def value(self, slot: int) -> Value:
         """A channel's value; a whole one as a variable, loaded or computed where it is not there yet."""
         if slot in self.channel:
-            return self.channel[slot]
+            return replace(self.channel[slot], block=False)
         if slot in self.here:
             return self.here[slot]
         if slot in self.made:
@@ -302,7 +302,7 @@ class _Writer:
             text = self.place[slot]
         else:
             raise Unsupported
-        variable = self.names.unique(name or self.label.get(slot) or "normalised")
+        variable = self.names.unique(self.label.get(slot, "value"))
         self.line(f"{variable} = {text}")
         self.here[slot] = Value.variable(variable, F32)
         return self.here[slot]
@@ -353,7 +353,7 @@ class _Writer:
         if i == 0:
             self.made[unit.output] = norm.whole
         else:
-            self.channel[unit.output] = Value.variable(norm.of_channel[i - 1], F32, block=False)  # type: ignore[operator]
+            self.channel[unit.output] = Value.variable(norm.of_channel[i - 1], F32)  # type: ignore[operator]
 
     # ------------------------------------------------------------------------------------------------------ after the units
 
@@ -400,3 +400,26 @@ class _Writer:
 
 
 _SIZES = ("rows", "inner", "channels")
+
+
+_PARTS = {
+    aten.native_batch_norm.default: ("normalised", "mean", "invstd"),
+    aten.native_batch_norm_backward.default: ("grad_h", "grad_weight", "grad_bias"),
+}
+
+
+def _labels(program: Program, given: Sequence[Given]) -> dict[int, str]:
+    """What values, and the tensors that hold them, are called."""
+    labels = {g.slot: g.name for g in given}
+    parts: dict[int, tuple[str, ...]] = {}
+    for unit in program.units:
+        if isinstance(unit, Region):
+            nodes = output_nodes(unit.kernel.step.graph)
+            labels |= {s: user_name(n) or op_name(n) for s, n in zip(unit.outputs, nodes, strict=True) if n is not None}
+        elif unit.target in _PARTS:
+            parts[unit.output] = _PARTS[unit.target]  # type: ignore[index]
+        elif unit.target is getitem:
+            source, i = unit.args
+            if isinstance(source, Slot) and isinstance(i, int) and i < len(parts.get(source.index, ())):
+                labels[unit.output] = parts[source.index][i]
+    return labels

@@ -34,28 +34,26 @@ class ChannelKernel:
         self.shape = self.shapes.whole
         if self.shape.numel() // self.shape[1] < 2:  # a whole value is then not to be told from one of a channel
             raise Unsupported
-        self._functions: dict[ChannelLayout, Function | None] = {}
+        self._functions: dict[tuple[ChannelLayout, bool], Function | None] = {}
 
     @property
     def count(self) -> int:
         """Values of a channel."""
         return self.shape.numel() // self.shape[1]
 
-    def text(self, layout: ChannelLayout) -> KernelText:
+    def text(self, layout: ChannelLayout, tile: Tile) -> KernelText:
         """Raises `Unsupported`."""
-        form = Form(not self._tile(layout).fits, self.reverse)
+        form = Form(not tile.fits, self.reverse)
         return generate(self.name, self.program, self.shapes, self.given, self.wanted, layout, form)
 
-    def _tile(self, layout: ChannelLayout) -> Tile:
-        return channel_tile(self.count, layout.channels)
-
-    def _function(self, layout: ChannelLayout) -> Function | None:
-        if layout not in self._functions:
+    def _function(self, layout: ChannelLayout, tile: Tile) -> Function | None:
+        key = layout, tile.fits
+        if key not in self._functions:
             try:
-                self._functions[layout] = _compiled(self.text(layout))
+                self._functions[key] = _compiled(self.text(layout, tile))
             except Unsupported:
-                self._functions[layout] = None
-        return self._functions[layout]
+                self._functions[key] = None
+        return self._functions[key]
 
     def run(self, places: Sequence[Place], tensors: Sequence[Tensor], steps: int) -> bool:
         """`tensors` begin at their first step. False, and nothing is done, where the program or the sizes do not run so."""
@@ -63,18 +61,18 @@ class ChannelKernel:
         programs = -(-self.shape[1] // layout.key.channels)
         if self.count >= _INT32 // 2 or not fills_device(self.count, programs, processors(device), layout.key.channels):
             return False
-        function = self._function(layout.key)
+        tile = channel_tile(self.count, layout.key.channels, warp_size(device))
+        function = self._function(layout.key, tile)
         if function is None:
             return False
         with on_device(device):
-            self._prepare(function, places, layout, tensors, steps)()
+            self._prepare(function, tile, places, layout, tensors, steps)()
         return True
 
     def _prepare(
-        self, function: Function, places: Sequence[Place], layout: Layout, tensors: Sequence[Tensor], steps: int
+        self, function: Function, tile: Tile, places: Sequence[Place], layout: Layout, tensors: Sequence[Tensor], steps: int
     ) -> Launch:
         text, device = function.text, tensors[0].device
-        tile = channel_tile(self.count, layout.key.channels, warp_size(device))
         programs = -(-self.shape[1] // layout.key.channels)
         # a state has two halves, what is handed from loop to loop one
         size = 2 * programs * self.count * layout.key.channels

@@ -107,7 +107,7 @@ def norm_backward(call: Call, of_channel: OfChannel, names: Names, tiled: bool) 
         raise Unsupported
     m, inv = of_channel(mean.index).text, of_channel(invstd.index).text
     total, product, center, slope, factor = (names.unique(n) for n in ("total", "product", "center", "slope", "factor"))
-    grad_weight = names.unique("grad_gamma")
+    grad_weight = names.unique("grad_weight")
     end = [
         f"{center} = tl.div_rn({total}, size)",
         f"{slope} = tl.div_rn({product}, size) * {inv} * {inv}",

@@ -26,9 +26,9 @@ class ChannelTensor:
     """One tensor of the call; `group`: of a whole value, see `ChannelLayout`."""
 
     def __init__(self, names: Names, base: str, position: int, group: int | None, is_unit: bool) -> None:
-        base = names.unique(f"{identifier(base)[:40]}_ptr").removesuffix("_ptr")
+        base = identifier(base)[:40]
         self.group = group
-        self.pointer = Argument(f"{base}_ptr", "pointer", position, aligned=is_unit, dtype=torch.float32)
+        self.pointer = Argument(names.unique(f"{base}_ptr"), "pointer", position, aligned=is_unit, dtype=torch.float32)
         self.time_stride = Argument(names.unique(f"{base}_stride_t"), "time_stride", position, aligned=is_unit)
         self.channel_stride = Argument(names.unique(f"{base}_stride_c"), "stride", position)
 
