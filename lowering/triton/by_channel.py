@@ -184,10 +184,10 @@ class _Writer:
         if tensor.group is None:
             self._load_channel(g, tensor.load(), self.lines)
         elif not self.form.tiled:
-            self.here[g.slot] = Value.variable(self.names.unique(g.name), F32)
+            self.here[g.slot] = Value.variable(self.names.unique(self.label[g.slot]), F32)
             self.line(f"{self.here[g.slot].text} = {tensor.load()}")
         else:
-            self.states[g.slot] = self._buffer(f"{g.name}_state")
+            self.states[g.slot] = self._buffer(f"{self.label[g.slot]}_state", 2)
             self.place[g.slot] = f"tl.load({self._state(g.slot, self.step)}, mask=inside)"
             with self._tiles():
                 self.line(f"tl.store({self._state(g.slot, '0')}, {tensor.load()}, mask=inside)")
@@ -204,9 +204,9 @@ class _Writer:
     def _next_state(self, slot: int) -> str:
         return self._state(slot, f"({self.step} + 1)")
 
-    def _buffer(self, base: str) -> str:
+    def _buffer(self, base: str, values: int = 1) -> str:
         name = self.names.unique(f"{identifier(base)[:40]}_ptr")
-        self.scratch.append(Argument(name, "scratch", len(self.scratch), aligned=True, dtype=F32))
+        self.scratch.append(Argument(name, "scratch", len(self.scratch), values, aligned=True, dtype=F32))
         return name
 
     def _load_channel(self, g: Given, load: str, lines: list[str]) -> None:
@@ -284,7 +284,7 @@ class _Writer:
         if self.form.tiled:
             addresses += [self._next_state(g.slot) for g in self.carries if g.next == slot and g.slot in self.states]
             if is_read_later and not addresses:
-                addresses.append(f"{self._buffer(self.label[slot])} + program * area + home")
+                addresses.append(f"{self._buffer(f'{self.label[slot]}_values')} + program * area + home")
             if addresses:
                 self.place[slot] = f"tl.load({addresses[0]}, mask=inside)"
         self.line(*(f"tl.store({address}, {value}, mask=inside)" for address in addresses))

@@ -74,27 +74,19 @@ class ChannelKernel:
     ) -> Launch:
         text, device = function.text, tensors[0].device
         programs = -(-self.shape[1] // layout.key.channels)
-        # a state has two halves, what is handed from loop to loop one
-        size = 2 * programs * self.count * layout.key.channels
-        scratch = [torch.empty(size, dtype=d, device=device) for d in text.scratch]
-        values = [self._argument(a, places, layout, tensors, scratch, steps) for a in text.arguments]
+        values = [self._argument(a, places, layout, tensors, steps) for a in text.arguments]
         constants = {"BLOCK": tile.block, "CHANNELS": layout.key.channels, "INDEX": _index_type(places, self.shape)}
         return Launch(function.for_values(values), programs, values, constants, channel_options(tile))
 
     def _argument(
-        self,
-        argument: Argument,
-        places: Sequence[Place],
-        layout: Layout,
-        tensors: Sequence[Tensor],
-        scratch: Sequence[Tensor],
-        steps: int,
+        self, argument: Argument, places: Sequence[Place], layout: Layout, tensors: Sequence[Tensor], steps: int
     ) -> Tensor | int:
+        channels = -self.shape[1] // layout.key.channels * -layout.key.channels
         match argument.kind:
             case "pointer":
                 return tensors[argument.tensor]
             case "scratch":
-                return scratch[argument.tensor]
+                return tensors[0].new_empty(argument.dim * channels * self.count)
             case "T":
                 return steps
             case "size":

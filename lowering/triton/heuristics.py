@@ -45,10 +45,10 @@ def warps(n: int) -> int:
 
 # ----------------------------------------------------------------------------------------------------- channel by channel
 
-#: Lanes of a thread that hold a channel in registers: few, so that reductions have many threads, then more.
+#: ``(lanes of a thread, warps)`` that hold channels in registers: few lanes, so that sums have many threads, then more.
 _CHANNEL_LANES = ((4, 16), (8, 32))
-#: Tiles of channels that do not fit.
-_TILE_LANES = (8, 16)
+#: Tiles of channels that do not fit, by channels of a program: one, or several, whose tensors lie in memory in several ways.
+_TILE_LANES = ((8, 16), (4, 16))
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def channel_tile(count: int, channels: int, warp_size: int = 32) -> Tile:
         if elements <= lanes * most_warps * 32:
             block = max(1 << (elements - 1).bit_length(), lanes * warp_size)
             return Tile(max(block // channels, 1), block // (lanes * warp_size), True)
-    lanes, warps = _TILE_LANES
+    lanes, warps = _TILE_LANES[channels > 1]
     return Tile(lanes * warps * 32 // channels, warps * 32 // warp_size, False)
 
 

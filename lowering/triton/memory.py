@@ -22,6 +22,7 @@ class Argument:
     kind: str
     #: position of the tensor among those of the call
     tensor: int = 0
+    #: of a size or a stride; of the scratch memory of `by_channel`, how many values of a step it holds
     dim: int = 0
     #: worth a kernel compiled for multiples of 16 (of bytes, for a pointer), because accesses then are 128 bits wide
     aligned: bool = False

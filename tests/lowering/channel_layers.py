@@ -73,11 +73,23 @@ class Scaled(Layer):
         return s, h - s
 
 
+class Backwards(Layer):
+    """The last input comes first."""
+
+    def forward(self, x, v):
+        out = []
+        for t in reversed(range(x.shape[0])):
+            s, v = self.step(v, x[t])
+            out.append(s)
+        return torch.stack(out[::-1], self.dim), v
+
+
 LAYERS = {
     "hard reset": Layer,
     "no weights": lambda c: Layer(c, affine=False),
     "raw potential carried": Raw,
     "two norms": Two,
+    "back in time": Backwards,
     "time last": lambda c: Layer(c, dim=-1),
 }
 

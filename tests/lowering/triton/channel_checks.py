@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from snn_compile.config import Config
 from snn_compile.lowering import targets
 from snn_compile.lowering.triton import channel_kernel, heuristics
+from snn_compile.lowering.triton.channel_layout import Place, lay_out
+from snn_compile.lowering.triton.heuristics import Tile
 from snn_compile.lowering.triton.target import TritonTarget
+from snn_compile.lowering.triton.text import KernelText
 from snn_compile.pipeline import run_pipeline
 from tests.lowering.channel_layers import LAYERS, run
 
@@ -43,7 +46,7 @@ def small_tiles(is_tiled: bool) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if is_tiled:
             patch.setattr(heuristics, "_CHANNEL_LANES", ())
-            patch.setattr(heuristics, "_TILE_LANES", (1, 1))
+            patch.setattr(heuristics, "_TILE_LANES", ((1, 1), (1, 1)))
         yield
 
 
@@ -63,13 +66,10 @@ def kernels_run(found: list[str]) -> Iterator[None]:
         yield
 
 
-def compiled(layer: nn.Module, device: str) -> Callable[..., Any]:
+def compiled(layer: nn.Module) -> Callable[..., Any]:
     """By the pipeline alone, its graph around the kernels as it is."""
     torch._dynamo.reset()
     torch.use_deterministic_algorithms(True)  # fills what `torch.empty` gives with NaN: nothing may be left unwritten
-    if device == "cpu":
-        target = InterpretedTarget()
-        targets._target = lambda kind: target  # type: ignore[assignment]
 
     def backend(gm, inputs, **_):  # type: ignore[no-untyped-def]
         gm, _ = run_pipeline(gm, Config(strict=True, step_from=2))
@@ -78,9 +78,8 @@ def compiled(layer: nn.Module, device: str) -> Callable[..., Any]:
     return torch.compile(layer, backend=backend, fullgraph=True)
 
 
-def inputs(size: str, layout: str, device: str) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(shape: Sequence[int], layout: str, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """The series, the initial state, weights of the loss."""
-    shape = SHAPES[size]
     x, v, weights = torch.randn(shape) + 0.3, torch.randn(shape[1:]), torch.randn(shape).flatten()
     if layout == "channels last":
         x, v = x.movedim(2, -1).contiguous().movedim(-1, 2), v.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -96,10 +95,12 @@ def check(layer: str, size: str, layout: str = "contiguous", tiled: bool = False
     torch.manual_seed(0)
     eager = LAYERS[layer](SHAPES[size][2]).to(device)
     ours = copy.deepcopy(eager)
-    x, v, weights = inputs(size, layout, device)
+    x, v, weights = inputs(SHAPES[size], layout, device)
     found: list[str] = []
+    if device == "cpu":
+        targets._target = lambda kind: InterpretedTarget()  # type: ignore[assignment]  # (the process is for this)
     with small_tiles(tiled), kernels_run(found):
-        run_ours = compiled(ours, device)
+        run_ours = compiled(ours)
         for _ in range(2):
             expected, expected_gradients = run(eager, x, v, weights)
             results, gradients = run(run_ours, x, v, weights)
@@ -111,3 +112,22 @@ def check(layer: str, size: str, layout: str = "contiguous", tiled: bool = False
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
     for a, b in zip(expected_gradients, gradients, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4 * a.abs().max().item())
+
+
+def kernels(layer: str, shape: Sequence[int], layout: str = "contiguous") -> dict[str, tuple[KernelText, Tile, int]]:
+    """Text, tile and channels of a program for each direction; nothing is computed."""
+    found = {}
+
+    def note(self: Any, places: Sequence[Place], tensors: Sequence[Tensor], steps: int) -> bool:
+        key = lay_out(places, self.shape).key
+        tile = heuristics.channel_tile(self.count, key.channels)
+        found[self.name.rsplit("_", 1)[1]] = self.text(key, tile), tile, key.channels
+        return True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(channel_kernel.ChannelKernel, "run", note)
+        patch.setattr(targets, "_target", lambda kind: InterpretedTarget())
+        x, v, _ = inputs(shape, layout, "cpu")
+        y, _ = compiled(LAYERS[layer](shape[2]))(x.requires_grad_(), v.requires_grad_())
+        (y * torch.ones_like(y)).sum().backward()
+    return found
