@@ -72,9 +72,8 @@ class ChannelKernel:
     def _prepare(
         self, function: Function, tile: Tile, places: Sequence[Place], layout: Layout, tensors: Sequence[Tensor], steps: int
     ) -> Launch:
-        text, device = function.text, tensors[0].device
         programs = -(-self.shape[1] // layout.key.channels)
-        values = [self._argument(a, places, layout, tensors, steps) for a in text.arguments]
+        values = [self._argument(a, places, layout, tensors, steps) for a in function.text.arguments]
         constants = {"BLOCK": tile.block, "CHANNELS": layout.key.channels, "INDEX": _index_type(places, self.shape)}
         return Launch(function.for_values(values), programs, values, constants, channel_options(tile))
 
