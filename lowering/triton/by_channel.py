@@ -226,17 +226,16 @@ class _Writer:
                 self.place[g.slot] = self.tensors["init", g.slot].load("t")
             elif g.kind == "series":
                 self._load_channel(g, self.tensors["init", g.slot].load("t"), lines)
-            elif g.kind == "before":
-                self.place[g.slot] = self._before(g.slot)
+            elif g.kind == "before" and not self.shapes.is_whole(g.slot):
+                raise Unsupported
         return lines
 
     def _before(self, slot: int) -> str:
         """``initial state if t == 0 else state after step t - 1``"""
         init, after = self.tensors["init", slot], self.tensors["after", slot]
-        if init.group is None or after.group is None:
-            raise Unsupported
-        first = f"tl.load({init.address()}, mask=inside & (t == 0))"
-        return f"tl.where(t == 0, {first}, tl.load({after.address('(t - 1)')}, mask=inside & (t > 0)))"
+        first = self.names.unique(f"{self.label[slot]}_first")
+        self.line(f"{first} = tl.load({init.address()}, mask=inside & (t == 0))")
+        return f"tl.load({after.address('(t - 1)')}, mask=inside & (t > 0), other={first})"
 
     @contextmanager
     def _tiles(self) -> Iterator[None]:
@@ -300,6 +299,8 @@ class _Writer:
             text = make(*(self.value(s).text for s in sources))
         elif slot in self.place:
             text = self.place[slot]
+        elif ("after", slot) in self.tensors:
+            text = self._before(slot)
         else:
             raise Unsupported
         variable = self.names.unique(self.label.get(slot, "value"))
