@@ -57,7 +57,8 @@ class ChannelKernel:
 
     def run(self, places: Sequence[Place], tensors: Sequence[Tensor], steps: int) -> bool:
         """`tensors` begin at their first step. False, and nothing is done, where the program or the sizes do not run so."""
-        layout, device = lay_out(places, self.shape), tensors[0].device
+        device = tensors[0].device
+        layout = lay_out(places, self.shape, processors(device))
         programs = -(-self.shape[1] // layout.key.channels)
         if self.count >= _INT32 // 2 or not fills_device(self.count, programs, processors(device), layout.key.channels):
             return False

@@ -86,8 +86,8 @@ class Layout:
 _CHANNELS = 8
 
 
-def lay_out(places: Sequence[Place], shape: Sequence[int]) -> Layout:
-    """The layout of a call; `shape`: of a whole value."""
+def lay_out(places: Sequence[Place], shape: Sequence[int], processors: int = 0) -> Layout:
+    """The layout of a call; `shape`: of a whole value; `processors`: of the device, 0 where nothing is known of them."""
     rows, channels, inner = shape[0], shape[1], 1
     for size in shape[2:]:
         inner *= size
@@ -100,5 +100,7 @@ def lay_out(places: Sequence[Place], shape: Sequence[int]) -> Layout:
         strides = different
     groups = tuple(Group((row if flat else of_inner) == 1, channel == 1) for row, channel, of_inner in strides)
     group_of = tuple(different.index(p.lanes) if p.is_whole else None for p in places)
-    beside = channels > 1 and any(g.unit_channel and not g.unit_lane for g in groups)
-    return Layout(ChannelLayout(flat, groups, group_of, _CHANNELS if beside else 1), rows, inner, tuple(strides))
+    beside = _CHANNELS if channels > 1 and any(g.unit_channel and not g.unit_lane for g in groups) else 1
+    while beside > 1 and 2 * -(-channels // beside) < processors:  # half of a sector each, for twice as many programs
+        beside //= 2
+    return Layout(ChannelLayout(flat, groups, group_of, beside), rows, inner, tuple(strides))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 
@@ -12,9 +13,13 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
+from snn_compile.config import Config
+from snn_compile.explain import describe_stepped
 from snn_compile.lowering import by_channel
 from snn_compile.lowering.triton import channel_kernel
+from snn_compile.lowering.triton.channel_layout import lay_out, place
 from snn_compile.lowering.triton.heuristics import channel_tile, fills_device
+from snn_compile.pipeline import run_pipeline
 from tests.lowering.channel_layers import LAYERS, Layer, run
 from tests.lowering.triton import channel_checks
 from tests.lowering.triton.assembly import compile_channels
@@ -126,6 +131,29 @@ def test_where_channels_pay():
     assert fills_device(4096, 3, 132)  # they fit into registers: one launch, whatever stands idle
     assert not fills_device(1 << 16, 64, 132) and fills_device(1 << 16, 66, 132)
     assert fills_device(1 << 16, 1, 0)  # nothing is known of the device
+
+
+@pytest.mark.parametrize(("processors", "beside"), [(0, 8), (16, 8), (17, 4), (64, 2), (132, 1)])
+def test_channels_of_a_program_fill_the_device(processors, beside):
+    value = torch.empty(2, 64, 3, 3).to(memory_format=torch.channels_last)
+    found = place(value, False, False, value.shape)
+    assert lay_out([found], value.shape, processors).key.channels == beside
+    assert lay_out([place(value.contiguous(), False, False, value.shape)], value.shape, processors).key.channels == 1
+
+
+def test_the_report_says_so(monkeypatch):
+    monkeypatch.setattr(channel_checks.targets, "_target", lambda kind: InterpretedTarget())
+    reports = []
+
+    def backend(gm, inputs, **_):
+        reports.append(run_pipeline(gm, Config())[1])
+        return lambda *args: args
+
+    torch._dynamo.reset()
+    with contextlib.suppress(Exception):  # nothing is computed
+        torch.compile(Layer(16), backend=backend)(torch.randn(4, 16, 16, 16, 16), torch.zeros(16, 16, 16, 16))
+    text = describe_stepped(reports[0].stepped[0])
+    assert "channel by channel" in text and re.search(r"target +triton", text)
 
 
 def test_which_steps_become_channel_kernels_on_a_gpu(monkeypatch):
