@@ -1,6 +1,7 @@
 """Running a `SteppedRecurrence` channel by channel, where its program and the memory layout allow it.
 
-The results are those of `lowering/stepped`, which runs a program unit by unit; that module says what they are.
+The results are those of `lowering/stepped`, which runs a program unit by unit; that module says what they are. On CPU they have
+its bits, on GPUs statistics and what is normalised with them agree to rounding (`lowering/triton/by_channel`).
 """
 
 from __future__ import annotations

@@ -87,6 +87,8 @@ class _Writer:
         self.norms: dict[int, Norm] = {}
         #: slot of a state that lies in scratch memory -> the memory, with halves for the old and the new value of a step
         self.states: dict[int, str] = {}
+        #: slot of a channel's value -> the variable that adds it up over the steps
+        self.sums: dict[int, str] = {}
         #: regions that wait for the next sum over the channel
         self.waiting: list[Region] = []
         #: slots of whole values that are stored in their series
@@ -176,7 +178,8 @@ class _Writer:
                 self.place[g.slot] = tensor.load()
         for w in self.wanted:
             if w.kind == "sum":
-                self.line(f"{self._sum(w.slot)} = tl.zeros([1, CHANNELS], tl.float32)")
+                self.sums[w.slot] = self.names.unique(f"{self.label.get(w.slot, 'result')}_sum")
+                self.line(f"{self.sums[w.slot]} = tl.zeros([1, CHANNELS], tl.float32)")
 
     def _begin_carry(self, g: Given, tensor: ChannelTensor) -> None:
         if g.next is None or g.next in [other.slot for other in self.given]:
@@ -212,9 +215,6 @@ class _Writer:
     def _load_channel(self, g: Given, load: str, lines: list[str]) -> None:
         self.channel[g.slot] = Value.variable(self.names.unique(self.label[g.slot]), F32)
         lines.append(f"{self.channel[g.slot].text} = {load}")
-
-    def _sum(self, slot: int) -> str:
-        return f"{self.tensors['sum', slot].pointer.name.removesuffix('_ptr')}_sum"
 
     # --------------------------------------------------------------------------------------------------------------- a step
 
@@ -371,7 +371,7 @@ class _Writer:
     def _end_of_step(self) -> None:
         for w in self.wanted:
             if w.kind == "sum":
-                self.line(f"{self._sum(w.slot)} += {self.of_channel(w.slot).text}")
+                self.line(f"{self.sums[w.slot]} += {self.of_channel(w.slot).text}")
             elif w.kind == "series" and not self.shapes.is_whole(w.slot):
                 value = as_block(self.of_channel(w.slot), "[1, CHANNELS]")
                 self.line(self.tensors["series", w.slot].store(value, "t"))
@@ -390,7 +390,7 @@ class _Writer:
         for w in self.wanted:
             tensor = self.tensors[w.kind, w.slot]
             if w.kind == "sum":
-                self.line(tensor.store(self._sum(w.slot)))
+                self.line(tensor.store(self.sums[w.slot]))
             elif w.kind == "final" and tensor.group is None:
                 self.line(tensor.store(self.of_channel(w.slot).text))
             elif w.kind == "final" and not self.form.tiled:

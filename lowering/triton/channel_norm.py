@@ -108,6 +108,7 @@ def norm_backward(call: Call, of_channel: OfChannel, names: Names, tiled: bool) 
     m, inv = of_channel(mean.index).text, of_channel(invstd.index).text
     total, product, center, slope, factor = (names.unique(n) for n in ("total", "product", "center", "slope", "factor"))
     grad_weight = names.unique("grad_weight")
+    of_lane = {name: names.unique(f"{name}_of_lane") for name in (total, product)} if tiled else {}
     end = [
         f"{center} = tl.div_rn({total}, size)",
         f"{slope} = tl.div_rn({product}, size) * {inv} * {inv}",
@@ -119,15 +120,14 @@ def norm_backward(call: Call, of_channel: OfChannel, names: Names, tiled: bool) 
         return (total, _inside(g)), (product, _inside(f"{g} * ({h} - {m})"))
 
     def add_up(g: str, h: str) -> list[str]:
-        return [f"{name}_of_lane += {text}" for name, text in sums(g, h)]
+        return [f"{of_lane[name]} += {text}" for name, text in sums(g, h)]
 
     def at_once(g: str, h: str) -> list[str]:
         return [f"{name} = {_total(text)}" for name, text in sums(g, h)]
 
     if tiled:
-        of_lanes = [_zeros(f"{name}_of_lane") for name in (total, product)]
-        end = [*(f"{name} = {_total(f'{name}_of_lane')}" for name in (total, product)), *end]
-        reduction = Reduction(of_lanes, [(slots, add_up)], end)
+        end = [*(f"{name} = {_total(lanes)}" for name, lanes in of_lane.items()), *end]
+        reduction = Reduction([*map(_zeros, of_lane.values())], [(slots, add_up)], end)
     else:
         reduction = Reduction(each=[(slots, at_once)], end=end)
     whole = slots, lambda g, h: f"({g} - {center} - ({h} - {m}) * {slope}) * {factor}"
