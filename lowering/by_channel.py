@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,20 +17,22 @@ from torch import Tensor
 
 from snn_compile.ir.stepped import Program, SteppedRecurrence
 from snn_compile.ir.values import known_int
-from snn_compile.lowering.channel_program import Given, Unsupported, Wanted, examples_of, is_by_channel
+from snn_compile.lowering.channel_program import Given, Unsupported, Wanted, examples_of, is_by_channel, whole_shape
+from snn_compile.lowering.channels_last import arranged, empty_arranged, fits, is_channels_last, row_stride
 from snn_compile.lowering.cpp import compiler
 from snn_compile.lowering.cpp import target as cpp
-from snn_compile.lowering.cpp.by_channel import ChannelSource, generate
+from snn_compile.lowering.cpp.by_channel import BLOCK, ChannelSource, generate
 from snn_compile.lowering.cpp.names import identifier
 from snn_compile.lowering.cpp.plan import STREAM_BYTES
 from snn_compile.lowering.launch import Direction, Target
-from snn_compile.lowering.result_memory import allocate
 from snn_compile.lowering.triton import channel_kernel as triton
 from snn_compile.lowering.triton.channel_layout import Place, place
 from snn_compile.lowering.triton.heuristics import fills_device
 
 #: Steps of fewer values stay in the caches, where Inductor's unrolled loop is as fast or faster (measured on two cores).
 FEWEST_VALUES = 1 << 16
+#: From this many rows of a block of channels on, all threads share them; otherwise each has blocks of its own.
+SHARED_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -51,36 +54,76 @@ class Operand:
         start = (self.tensor.shape[0] - 1) * self.tensor.stride(0) if self.reverse else 0
         return self.tensor.data_ptr() + start * self.tensor.element_size()
 
-    def strides(self, dim: int) -> tuple[int, int, int]:
+    def strides(self, dim: int, is_channels_last: bool) -> tuple[int, int, int]:
         """Step, row, channel; `dim`: the number of dims of a whole value ``[N, C, *space]``."""
         sizes, strides = self.tensor.shape[self.timed :], self.tensor.stride()[self.timed :]
         step = (-1 if self.reverse else 1) * self.tensor.stride(0) if self.timed else 0
-        if len(strides) == dim:
-            return step, strides[0], strides[1]
-        return step, 0, next((s for s, size in zip(strides, sizes, strict=True) if size != 1), 0)
+        if len(strides) != dim:
+            return step, 0, next((s for s, size in zip(strides, sizes, strict=True) if size != 1), 0)
+        if is_channels_last:
+            return step, row_stride(sizes, strides) or 0, 1
+        return step, strides[0], strides[1]
 
-    def has_rows(self, dim: int) -> bool:
-        """fp32, and the last dims of whole values lie together in memory."""
-        if self.tensor.dtype != torch.float32 or self.tensor.numel() == 0:
-            return False
-        return self.tensor.dim() - self.timed != dim or self.tensor[(0,) * (self.timed + 2)].is_contiguous()
+    def fits(self, dim: int, channels_last: bool) -> bool:
+        """fp32, and as `fits` says."""
+        return (
+            self.tensor.dtype == torch.float32 and self.tensor.numel() > 0 and fits(self.tensor, dim, channels_last, self.timed)
+        )
 
 
-def _with_rows(value: Tensor) -> Tensor:
-    """Contiguous; of a whole value that is one number everywhere, one row in memory, for all rows."""
-    if any(value.stride()) or value.dim() < 3 or value.numel() == 0:
-        return value.contiguous()
-    return value[0, 0].contiguous().expand(value.shape)
+def step_shape(r: SteppedRecurrence) -> torch.Size:
+    """Of the whole values of a step, ``[N, C, *space]``."""
+    return whole_shape(torch.Size(shape) for shape, _ in r.results)
+
+
+def may_be_channels_last(r: SteppedRecurrence) -> bool:
+    """Whether the layout of results follows that of inputs (`runs_channels_last`)."""
+    return is_by_channel(r.forward) and any(len(shape) > 1 for shape, _ in r.results)
+
+
+def runs_channels_last(r: SteppedRecurrence, xs: Sequence[Tensor | None], kept: Sequence[Tensor] = ()) -> bool:
+    """Whether the channels of whole results lie together: those of the first series do that is whole, or those that eager's batch
+    norms see, which add up in another order then.
+
+    `kept`: series that the forward made, in that layout.
+    """
+    if not may_be_channels_last(r):
+        return False
+    shape = step_shape(r)
+    series = [x for x in (*xs, *kept) if x is not None and x.shape[1:] == shape and x.shape[0]]
+    if not series or series[0].device.type != "cpu":
+        return False
+    return is_channels_last(series[0][0]) or normalises_channels_last(r)
+
+
+def normalises_channels_last(r: SteppedRecurrence) -> bool:
+    """In eager."""
+    assert r.step is not None
+    norms = r.step.graph.find_nodes(op="call_function", target=torch.ops.aten.native_batch_norm.default)
+    return any(is_channels_last(n.args[0].meta["val"]) for n in norms)
+
+
+def empty_result(
+    r: SteppedRecurrence,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    channels_last: bool = False,
+    timed: bool = False,
+) -> Tensor:
+    """Memory for a result, of one step or of all of them; a whole one in the layout of whole values."""
+    is_whole = channels_last and tuple(shape[timed:]) == step_shape(r)
+    return empty_arranged(shape, torch.empty(0, dtype=dtype, device=device), is_whole, timed)
 
 
 def suits_channels(value: Tensor) -> bool:
-    """fp32; on CPU ``[N, C, *space]`` in that order in memory, in steps too large for the caches; on GPUs enough channels."""
+    """fp32, ``[N, C, *space]``; on CPU in steps too large for the caches, on GPUs with enough channels."""
     if value.device.type == "cuda":
         return _suits_gpu(value)
-    if value.dtype != torch.float32 or value.device.type != "cpu" or value.dim() < 3:
+    if value.dtype != torch.float32 or value.device.type != "cpu" or value.dim() < 2:
         return False
     sizes = [known_int(s) for s in value.shape]
-    return None not in sizes and value.is_contiguous() and value.numel() >= FEWEST_VALUES
+    return None not in sizes and value.numel() >= FEWEST_VALUES
 
 
 def _suits_gpu(value: Tensor) -> bool:
@@ -107,22 +150,29 @@ class ChannelKernel:
 
     def run(self, operands: Sequence[Operand], steps: int) -> bool:
         """`operands` in the order of the source's `given` and `wanted`. False where they do not lie in memory as they should."""
-        if not all(o.has_rows(len(self.source.shape)) for o in operands):
+        if not all(o.fits(len(self.source.shape), self.source.is_channels_last) for o in operands):
             return False
         self(operands, steps)
         return True
 
     def __call__(self, operands: Sequence[Operand], steps: int) -> None:
-        n, channels, *space = self.source.shape
-        inner = torch.Size(space).numel()
-        threads = max(1, min(torch.get_num_threads(), channels))
-        scratch = cpp.allocate_scratch(4 * threads * self.source.buffers * n * inner)
+        source = self.source
+        n, channels, *space = source.shape
+        rows, inner = (n * math.prod(space), BLOCK) if source.is_channels_last else (n, math.prod(space))
+        blocks = -(-channels // BLOCK) if source.is_channels_last else channels
+        threads = torch.get_num_threads()
+        shared = source.is_channels_last and rows >= max(SHARED_ROWS, threads)
+        threads = threads if shared else max(1, min(threads, blocks))
+        scratch = cpp.allocate_scratch(
+            4 * (1 if shared else threads) * source.buffers * rows * inner + 16 * threads * source.sums * BLOCK
+        )
         pointers = (ctypes.c_void_p * len(operands))(*(o.address() for o in operands))
-        strides = [s for o in operands for s in o.strides(len(self.source.shape))]
+        strides = [s for o in operands for s in o.strides(len(source.shape), source.is_channels_last)]
         numbers = (ctypes.c_int64 * len(strides))(*strides)
         size = sum(o.tensor.nbytes for o in operands if o.timed)
         streaming = size >= STREAM_BYTES and inner >= 256
-        self._function(pointers, numbers, steps, channels, n, inner, streaming, threads, scratch.data_ptr())
+        layout = (min(torch.get_num_threads(), rows), shared) if source.is_channels_last else (inner, streaming)
+        self._function(pointers, numbers, steps, channels, rows, *layout, threads, scratch.data_ptr())
 
 
 class GpuChannelKernel:
@@ -142,13 +192,20 @@ class GpuChannelKernel:
 class _Call:
     """What a kernel is given and what is wanted of it, with the tensors."""
 
-    def __init__(self, r: SteppedRecurrence, direction: Direction, target: Target) -> None:
-        self.r, self.direction, self.target = r, direction, target
+    def __init__(self, r: SteppedRecurrence, direction: Direction, target: Target, channels_last: bool) -> None:
+        self.r, self.direction, self.target, self.channels_last = r, direction, target, channels_last
+        self.dim = len(step_shape(r))
         self.given: list[tuple[Given, list[Operand]]] = []
         self.wanted: list[tuple[Wanted, Operand]] = []
 
     def give(self, kind: str, slot: int, name: str, *operands: Operand, next: int | None = None) -> None:
         self.given.append((Given(slot, kind, name, next), list(operands)))
+
+    def operand(self, value: Tensor, timed: bool = False, reverse: bool = False) -> Operand:
+        """One that is read: on CPU copied where it does not lie in memory as all others do."""
+        if self.target.name == "triton":
+            return Operand(value, timed, reverse)
+        return Operand(arranged(value, self.dim, self.channels_last, timed), timed, reverse)
 
     def give_constants(self, values: Sequence[Tensor | None], slots: Iterable[int]) -> None:
         """Constants of the recurrence, and what the prologue made of them."""
@@ -156,23 +213,21 @@ class _Call:
         for i in slots:
             if isinstance(value := values[i], Tensor):
                 known = i - first < len(self.r.consts)
-                self.give("const", i, self.r.consts[i - first].name if known else "constant", Operand(value))
+                self.give("const", i, self.r.consts[i - first].name if known else "constant", self.operand(value))
 
     def want(self, kind: str, slot: int, operand: Operand) -> None:
         self.wanted.append((Wanted(slot, kind), operand))
 
     def run(self, steps: int) -> bool:
         """Fill what is wanted; False, and nothing is done, where the recurrence does not run so."""
-        key = (self.target.name, self.direction, tuple(g for g, _ in self.given), tuple(w for w, _ in self.wanted))
+        given, wanted = tuple(g for g, _ in self.given), tuple(w for w, _ in self.wanted)
+        key = self.target.name, self.direction, self.channels_last, given, wanted
         known = self.r.meta.setdefault("by_channel", {})
         if key not in known:
-            known[key] = self._kernel(*key[2:])
+            known[key] = self._kernel(given, wanted)
         kernel: ChannelKernel | GpuChannelKernel | None = known[key]
         operands = [o for _, some in self.given for o in some] + [o for _, o in self.wanted]
         return kernel is not None and steps > 0 and kernel.run(operands, steps)
-
-    def laid_out(self, value: Tensor) -> Tensor:
-        return value if self.target.name == "triton" else _with_rows(value)
 
     def _kernel(self, given: Sequence[Given], wanted: Sequence[Wanted]) -> ChannelKernel | GpuChannelKernel | None:
         is_backward = self.direction == "backward"
@@ -182,7 +237,17 @@ class _Call:
         with contextlib.suppress(Unsupported):
             if self.target.name == "triton":
                 return GpuChannelKernel(triton.ChannelKernel(name, program, examples_of(gm), given, wanted, is_backward))
-            return ChannelKernel(generate(name, program, examples_of(gm), given, wanted, is_backward))
+            return ChannelKernel(
+                generate(
+                    name,
+                    program,
+                    examples_of(gm),
+                    given,
+                    wanted,
+                    is_backward,
+                    is_channels_last=self.channels_last,
+                )
+            )
         return None
 
 
@@ -194,24 +259,25 @@ def forward_by_channel(
     values: Sequence[Tensor | None],
     kept: Sequence[tuple[int, Tensor, bool]],
     steps: int,
+    channels_last: bool,
 ) -> list[Tensor] | None:
     """Fill `kept` - ``(slot, series, reverse)`` - and give the final states; None where that is not possible.
 
     `values`: what is known before the first step, by slot: constants and what the prologue made.
     """
     n, first = len(r.carries), len(r.carries) + len(r.xs)
-    call = _Call(r, "forward", target)
+    call = _Call(r, "forward", target, channels_last)
     for i, (carry, init) in enumerate(zip(r.carries, inits, strict=True)):
-        call.give("carry", i, carry.name, Operand(call.laid_out(init)), next=r.forward.outputs[i])
+        call.give("carry", i, carry.name, call.operand(init), next=r.forward.outputs[i])
     for j, (spec, x) in enumerate(zip(r.xs, xs, strict=True)):
-        call.give("series", n + j, spec.name, Operand(x, True, spec.reverse))
+        call.give("series", n + j, spec.name, call.operand(x, True, spec.reverse))
     call.give_constants(values, range(first, len(values)))
     for slot, series, reverse in kept:
         call.want("series", slot, Operand(series, True, reverse))
     finals = []
     for i, (carry, (shape, dtype)) in enumerate(zip(r.carries, r.results, strict=False)):
         if carry.is_result:
-            finals.append(allocate(shape, dtype, inits[i].device))
+            finals.append(empty_result(r, shape, dtype, inits[i].device, channels_last))
             call.want("final", i, Operand(finals[-1]))
     return finals if call.run(steps) else None
 
@@ -224,25 +290,24 @@ def backward_by_channel(
     values: Sequence[Tensor | None],
     cotangents: tuple[Sequence[Tensor], Sequence[Tensor | None]],
     steps: int,
+    channels_last: bool,
 ) -> list[Tensor] | None:
     """The gradients, or None where that is not possible. `cotangents`: of the carries, and of the outputs, time first."""
     assert r.backward is not None
     inits, xs, consts = r.split(operands)
     outputs, n_ct = r.backward.outputs, len(cotangents[0])
-    call = _Call(r, "backward", target)
-    if target.name == "cpp":
-        cotangents = [_with_rows(c) for c in cotangents[0]], [None if c is None else c.contiguous() for c in cotangents[1]]
+    call = _Call(r, "backward", target, channels_last)
     _give_backward(call, inits, xs, kept, values, cotangents)
     first_ct, grads = len(operands) + r.n_residuals, []
     for k, (ct, carry) in enumerate(zip(cotangents[0], r.differentiable_carries, strict=True)):
         if carry.init_needs_grad:
-            grads.append(allocate(ct.shape, ct.dtype, ct.device))
+            grads.append(empty_result(r, ct.shape, ct.dtype, ct.device, channels_last))
             call.want("final", first_ct + k, Operand(grads[-1]))
     wanting = [(x, spec) for x, spec in zip(xs, r.xs, strict=True) if spec.needs_grad]
     for (x, spec), slot in zip(wanting, outputs[n_ct:], strict=False):
         if slot is None:
             return None
-        grads.append(allocate(x.shape, x.dtype, x.device))
+        grads.append(empty_result(r, x.shape, x.dtype, x.device, channels_last, timed=True))
         call.want("series", slot, Operand(grads[-1], True, spec.reverse))
     for const, way in zip((c for c, s in zip(consts, r.consts, strict=True) if s.needs_grad), r.reduced, strict=True):
         grads.append(torch.zeros(const.shape, dtype=const.dtype, device=const.device))
@@ -265,17 +330,17 @@ def _give_backward(
     n, n_ops = len(r.carries), len(r.carries) + len(r.xs) + len(r.consts)
     first_ct = n_ops + r.n_residuals
     for i, after in zip(r.history, kept, strict=False):
-        call.give("before", i, r.carries[i].name, Operand(after, True), Operand(call.laid_out(inits[i])))
+        call.give("before", i, r.carries[i].name, call.operand(after, True), call.operand(inits[i]))
     for j, (spec, x) in enumerate(zip(r.xs, xs, strict=True)):
         if x is not None:
-            call.give("series", n + j, spec.name, Operand(x, True, spec.reverse))
+            call.give("series", n + j, spec.name, call.operand(x, True, spec.reverse))
     for j, residual in enumerate(kept[len(r.history) :]):
-        call.give("series", n_ops + j, "kept", Operand(residual, True))
+        call.give("series", n_ops + j, "kept", call.operand(residual, True))
     for k, (ct, carry) in enumerate(zip(ct_carries, r.differentiable_carries, strict=True)):
         assert r.backward is not None
-        call.give("carry", first_ct + k, f"grad_{carry.name}", Operand(ct), next=r.backward.outputs[k])
+        call.give("carry", first_ct + k, f"grad_{carry.name}", call.operand(ct), next=r.backward.outputs[k])
     for k, (ct_y, y) in enumerate(zip(ct_ys, r.differentiable_ys, strict=True), len(ct_carries)):
-        series = [] if ct_y is None else [Operand(ct_y, True, y.reverse)]
+        series = [] if ct_y is None else [call.operand(ct_y, True, y.reverse)]
         call.give("series" if series else "zero", first_ct + k, f"grad_{y.name}", *series)
     after_inputs = first_ct + len(ct_carries) + len(ct_ys)
     call.give_constants(values, [*range(n + len(r.xs), n_ops), *range(after_inputs, len(values))])

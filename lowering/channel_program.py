@@ -6,7 +6,7 @@ Values of one step are either whole, ``[N, C, *space]``, or of a channel: ``[C]`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -47,19 +47,24 @@ class Wanted:
     kind: str
 
 
+def whole_shape(shapes: Iterable[torch.Size]) -> torch.Size:
+    """Of values ``[N, C, *space]``, among values of channels. Raises `Unsupported`."""
+    whole = [s for s in shapes if len(s) > 1]
+    if not whole:
+        raise Unsupported
+    return max(whole, key=lambda s: (len(s), s.numel()))
+
+
 class Shapes:
     """Which slots of a program are whole values and which are a channel's; `values`: an example of each slot.
 
-    All raise `Unsupported` for a value that is not an fp32 tensor; so does making one where no value has `fewest_dims`.
+    All raise `Unsupported` for a value that is not an fp32 tensor.
     """
 
-    def __init__(self, values: Sequence[Any], fewest_dims: int) -> None:
+    def __init__(self, values: Sequence[Any]) -> None:
         self.values = values
-        whole = [v.shape for v in values if isinstance(v, torch.Tensor) and v.dim() >= fewest_dims]
-        if not whole:
-            raise Unsupported
         #: of a whole value
-        self.whole: torch.Size = max(whole, key=lambda s: (len(s), s.numel()))
+        self.whole = whole_shape(v.shape for v in values if isinstance(v, torch.Tensor))
 
     def tensor(self, slot: int) -> torch.Tensor:
         value = self.values[slot]

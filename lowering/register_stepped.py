@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from snn_compile.ir.stepped import SteppedRecurrence
+from snn_compile.lowering.channels_last import is_channels_last
 from snn_compile.lowering.registration import (
     GENERATOR_VERSION,
     NAMESPACE,
@@ -27,10 +28,10 @@ from snn_compile.lowering.registration import (
     signature_texts,
 )
 from snn_compile.lowering.stepped import (
+    allocate_stepped,
+    allocate_stepped_gradients,
     device_of,
-    gradient_specs,
     kept_for_backward,
-    result_specs,
     run_stepped,
     run_stepped_backward,
 )
@@ -49,24 +50,23 @@ def content_hash(r: SteppedRecurrence) -> str:
 
 
 def _shapes(gm: fx.GraphModule) -> str:
-    return repr([tuple(n.meta["val"].shape) for n in gm.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)])
+    """And the order of channels: batch norms add up by it."""
+    values = [n.meta["val"] for n in gm.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    return repr([(tuple(v.shape), v.dim() > 1 and is_channels_last(v)) for v in values])
 
 
 def _define(name: str, r: SteppedRecurrence, target_for: TargetFor) -> None:
     n_operands = len(r.carries) + len(r.xs) + len(r.consts)
     n_results = len(r.ys) + len(r.finals)
-    n_given = len(result_specs(r, 1))
     n_kept = len(r.history) + r.n_residuals
+    n_given = n_results + sum(y is None for y in r.shared) + r.n_residuals
     operands = ", ".join(f"Tensor a{i}" for i in range(n_operands))
-
-    def fake(*a):  # type: ignore[no-untyped-def]
-        return one_or_tuple([a[0].new_empty(shape, dtype=dtype) for shape, dtype in result_specs(r, a[-1])])
 
     define_op(
         name,
         f"({operands}, SymInt steps) -> ({', '.join(['Tensor'] * n_given)})",
         lambda *a: one_or_tuple(run_stepped(r, target_for(a[0].device), a[:-1], a[-1])),
-        fake,
+        lambda *a: one_or_tuple(allocate_stepped(r, a[:-1], a[-1])),
     )
     if r.backward is None:
         return
@@ -85,7 +85,7 @@ def _define(name: str, r: SteppedRecurrence, target_for: TargetFor) -> None:
         f"{name}_backward",
         f"({optional}{kept}{cts}, SymInt steps) -> ({', '.join(['Tensor'] * n_grads)})",
         run,
-        lambda *a: one_or_tuple([o.new_empty(o.shape) for o in gradient_specs(r, a[:n_operands])]),
+        lambda *a: one_or_tuple(allocate_stepped_gradients(r, a[:n_operands], a[n_operands:n_saved], a[-1])),
     )
     _register_autograd(name, r, n_results)
 

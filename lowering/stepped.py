@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from snn_compile.ir.stepped import Program, Reduced, SteppedRecurrence
-from snn_compile.lowering.by_channel import backward_by_channel, forward_by_channel
+from snn_compile.lowering.by_channel import backward_by_channel, empty_result, forward_by_channel, runs_channels_last
 from snn_compile.lowering.cpp.spike_product import sum_outer
 from snn_compile.lowering.launch import MOST_LAUNCHES, Target
 from snn_compile.lowering.result_memory import allocate
@@ -21,19 +21,23 @@ from snn_compile.lowering.step_runner import Places, StepRunner, Steps, zero
 # ------------------------------------------------------------------------------------------------------------- forward
 
 
-def result_specs(r: SteppedRecurrence, steps: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Sizes and dtypes of what `run_stepped` gives: ``ys, finals, history, residuals``, all contiguous.
+def allocate_stepped(r: SteppedRecurrence, operands: Sequence[Tensor], steps: int) -> list[Tensor]:
+    """Memory for what `run_stepped` gives: ``ys, finals, history, residuals``.
 
-    A history that is one of the outputs is not given twice.
+    All are contiguous, or whole values channels-last (`runs_channels_last`). A history that is an output is not given twice.
     """
     n, m = len(r.carries), len(r.ys)
+    _, xs, _ = r.split(operands)
+    device, channels_last = operands[0].device, runs_channels_last(r, xs)
     found = []
     for (shape, dtype), y in zip(r.results[n : n + m], r.ys, strict=True):
         d = y.time_dim % (len(shape) + 1)
-        found.append(((*shape[:d], steps, *shape[d:]), dtype))
-    found += [spec for spec, c in zip(r.results, r.carries, strict=False) if c.is_result]
+        follows = channels_last and d == 0
+        found.append(empty_result(r, (*shape[:d], steps, *shape[d:]), dtype, device, follows, timed=True))
+    finals = [spec for spec, c in zip(r.results, r.carries, strict=False) if c.is_result]
+    found += [empty_result(r, shape, dtype, device, channels_last) for shape, dtype in finals]
     kept = [r.results[i] for i, y in zip(r.history, r.shared, strict=True) if y is None] + list(r.results[n + m :])
-    return found + [((steps, *shape), dtype) for shape, dtype in kept]
+    return found + [empty_result(r, (steps, *shape), dtype, device, channels_last, timed=True) for shape, dtype in kept]
 
 
 def run_stepped(r: SteppedRecurrence, target: Target, operands: Sequence[Tensor], steps: int) -> list[Tensor]:
@@ -48,28 +52,30 @@ def run_stepped(r: SteppedRecurrence, target: Target, operands: Sequence[Tensor]
     own = [i for i, y in zip(r.history, r.shared, strict=True) if y is None]
     shapes = [*r.results[n : n + m], *(r.results[i] for i in own), *r.results[n + m :]]
     wanted = [*out[n : n + m], *(out[i] for i in own), *out[n + m :]]
-    kept = [allocate((steps, *shape), dtype, device) for shape, dtype in shapes]
+    channels_last = runs_channels_last(r, xs)
+    kept = [empty_result(r, (steps, *shape), dtype, device, channels_last, timed=True) for shape, dtype in shapes]
     reverse = [y.reverse for y in r.ys] + [False] * (len(kept) - m)
     values = runner.values()
     values[n + len(xs) : n + len(xs) + len(consts)] = consts
     runner.prepare(values)
     finals = None
     if runner.by_channel:
-        finals = forward_by_channel(r, target, inits, xs, values, list(zip(wanted, kept, reverse, strict=True)), steps)
+        results = list(zip(wanted, kept, reverse, strict=True))
+        finals = forward_by_channel(r, target, inits, xs, values, results, steps, channels_last)
     if finals is None:
         series = [Slices(x, spec.reverse) for x, spec in zip(xs, r.xs, strict=True)]
         views = [Slices(k, back) for k, back in zip(kept, reverse, strict=True)]
         places = Places(zip(wanted, views, strict=True), runner.written)
         plan = Steps(range(steps), list(enumerate(series, n)), places, list(enumerate(out[:n])))
         carries = runner.run(values, inits, plan)
-        finals = [_new(c) for c, spec in zip(carries, r.carries, strict=True) if spec.is_result]
+        finals = [_new(r, c, channels_last) for c, spec in zip(carries, r.carries, strict=True) if spec.is_result]
     ys = [k if y.time_dim == 0 else k.movedim(0, y.time_dim).contiguous() for k, y in zip(kept, r.ys, strict=False)]
     return [*ys, *finals, *kept[m:]]
 
 
-def _new(state: Tensor) -> Tensor:
-    """A result of its own, contiguous."""
-    return state.clone(memory_format=torch.contiguous_format)
+def _new(r: SteppedRecurrence, state: Tensor, channels_last: bool) -> Tensor:
+    """A result of its own, in the layout of results."""
+    return empty_result(r, state.shape, state.dtype, state.device, channels_last).copy_(state)
 
 
 def _whole_states(r: SteppedRecurrence, inits: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -104,12 +110,18 @@ def _prepared(
 # ------------------------------------------------------------------------------------------------------------ backward
 
 
-def gradient_specs(r: SteppedRecurrence, operands: Sequence[Tensor]) -> list[Tensor]:
-    """The operands that want a gradient, in order: gradients have their sizes."""
+def allocate_stepped_gradients(
+    r: SteppedRecurrence, operands: Sequence[Tensor | None], kept: Sequence[Tensor], steps: int
+) -> list[Tensor]:
+    """Memory for the gradients, in the order of the operands that want one, in their sizes."""
     inits, xs, consts = r.split(operands)
-    wanted = [i for i, c in zip(inits, r.carries, strict=True) if c.init_needs_grad]
-    wanted += [x for x, spec in zip(xs, r.xs, strict=True) if spec.needs_grad]
-    return wanted + [c for c, spec in zip(consts, r.consts, strict=True) if spec.needs_grad]
+    channels_last = runs_channels_last(r, xs, kept)
+    inits = [i for i, c in zip(inits, r.carries, strict=True) if c.init_needs_grad]
+    xs = [x for x, spec in zip(xs, r.xs, strict=True) if spec.needs_grad]
+    consts = [c for c, spec in zip(consts, r.consts, strict=True) if spec.needs_grad]
+    found = [empty_result(r, i.shape, i.dtype, i.device, channels_last) for i in inits]
+    found += [empty_result(r, x.shape, x.dtype, x.device, channels_last, timed=True) for x in xs]
+    return found + [c.new_empty(c.shape) for c in consts]
 
 
 def run_stepped_backward(
@@ -135,12 +147,13 @@ def run_stepped_backward(
     values[n + len(xs) : n_ops] = consts
     runner.prepare(values)
     ct_carries, whole_ys = _cotangents(r, device_of(operands), cotangents)
+    channels_last = runs_channels_last(r, xs, kept)
     if runner.by_channel:
-        gradients = backward_by_channel(r, target, operands, kept, values, (ct_carries, whole_ys), steps)
+        gradients = backward_by_channel(r, target, operands, kept, values, (ct_carries, whole_ys), steps, channels_last)
         if gradients is not None:
             return gradients
     # (the step that sees the initial state is not the first one here: the state must lie in memory like those after it)
-    before = [(i, Before(inits[i].contiguous(), k)) for i, k in zip(r.history, kept, strict=False)]  # type: ignore[union-attr]
+    before = [(i, Before(_like_history(r, inits[i], channels_last), k)) for i, k in zip(r.history, kept, strict=False)]  # type: ignore[arg-type]
     given = [(n + j, x, spec) for j, (x, spec) in enumerate(zip(xs, r.xs, strict=True)) if x is not None]
     streams: list[tuple[int, Series]] = [(slot, Slices(x, spec.reverse)) for slot, x, spec in given]
     streams += before
@@ -151,12 +164,16 @@ def run_stepped_backward(
     streams += [(first_ct + n_ct + j, s) for j, s in enumerate(ct_ys)]
     outputs = program.outputs
     history = {i: (inits[i], k) for i, k in zip(r.history, kept, strict=False)}
-    sink = _Gradients(r, operands, steps, outputs[n_ct:], dict(streams), history, runner.written)
+    sink = _Gradients(r, operands, steps, outputs[n_ct:], dict(streams), history, runner.written, channels_last)
     carried = list(enumerate(outputs[:n_ct], first_ct))
     plan = Steps(range(steps)[::-1], streams, sink.places, carried, sink.summed, sink.sums)
     ct_carries = runner.run(values, ct_carries, plan)
     wanted = [ct for ct, c in zip(ct_carries, r.differentiable_carries, strict=True) if c.init_needs_grad]
-    return [*(_new(g) for g in wanted), *sink.results()]
+    return [*(_new(r, g, channels_last) for g in wanted), *sink.results()]
+
+
+def _like_history(r: SteppedRecurrence, init: Tensor, channels_last: bool) -> Tensor:
+    return _new(r, init, True) if channels_last else init.contiguous()
 
 
 def _cotangents(r: SteppedRecurrence, device: torch.device, cotangents: Sequence[Tensor | None]):  # type: ignore[no-untyped-def]
@@ -185,14 +202,14 @@ def _cotangents_of_steps(r: SteppedRecurrence, device: torch.device, whole: Sequ
 class _Gradients:
     """Collects the gradients of inputs (one a step) and of invariant operands (summed over the steps)."""
 
-    def __init__(self, r, operands, steps, outputs, streams, history, written) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, r, operands, steps, outputs, streams, history, written, channels_last) -> None:  # type: ignore[no-untyped-def]
         """`streams`: slots of the backward program that are fed step by step; `history`: of those, the states."""
         self.r, self.steps, self.streams, self.history = r, steps, streams, history
         _, xs, self.consts = r.split(operands)
         wanted = [(x, spec) for x, spec in zip(xs, r.xs, strict=True) if spec.needs_grad]
         slots = outputs[: len(wanted)]
         device = device_of(operands)
-        self.whole = [allocate(x.shape, x.dtype, device) for x, _ in wanted]
+        self.whole = [empty_result(r, x.shape, x.dtype, device, channels_last, timed=True) for x, _ in wanted]
         for slot, gradient in zip(slots, self.whole, strict=True):
             if slot is None:  # no gradient of a step
                 gradient.zero_()

@@ -10,12 +10,15 @@ The strongly connected components of the body's dependence graph (edges within a
 carry to its readers) are the smallest loops. Pointwise components of the same shape are then merged into the recurrence
 next to them - consumers always, producers that feed nothing else - as long as no third loop would have to run in between.
 Ops that write into the same tensor stay together, in the program's order.
+
+A loop that is not pointwise joins the one recurrence it feeds where the caller says that one kernel can run both: a batch norm
+in training mode, with statistics of each step, and the neuron behind it.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -36,23 +39,31 @@ class Group:
     recurrent: bool
     pointwise: bool
     shape: tuple[int, ...] | None
+    #: loops that are not pointwise have joined it
+    is_joined: bool = False
 
     @property
     def is_kernel(self) -> bool:
         return self.recurrent and self.pointwise
 
 
+#: Whether a group that is not pointwise may join the recurrence it feeds.
+Joins = Callable[[Group, Group], bool]
+
+
 # ------------------------------------------------------------------------------------------------------------- the groups
 
 
-def find_groups(loop: Loop, infos: dict[fx.Node, OpInfo], ignore: Iterable[fx.Node] = ()) -> list[Group]:
+def find_groups(
+    loop: Loop, infos: dict[fx.Node, OpInfo], ignore: Iterable[fx.Node] = (), joins: Joins | None = None
+) -> list[Group]:
     """The loops that `loop` falls into, in an order that respects every dependence."""
     skipped = set(ignore)
     order = {n: i for i, n in enumerate(n for n in infos if n not in skipped)}
     graph = _dependences(loop, infos, order)
     components = [sorted(c, key=order.__getitem__) for c in nx.strongly_connected_components(graph)]
     groups = [_group(c, graph, infos) for c in components]
-    return _fuse(groups, graph, order, loop)
+    return _fuse(groups, graph, order, joins)
 
 
 def _group(nodes: list[fx.Node], graph: nx.DiGraph, infos: dict[fx.Node, OpInfo]) -> Group:
@@ -118,7 +129,7 @@ def _tie_writes(loop: Loop, infos: dict[fx.Node, OpInfo], order: dict[fx.Node, i
 # ----------------------------------------------------------------------------------------------------------------- fusion
 
 
-def _fuse(groups: list[Group], graph: nx.DiGraph, order: dict[fx.Node, int], loop: Loop) -> list[Group]:
+def _fuse(groups: list[Group], graph: nx.DiGraph, order: dict[fx.Node, int], joins: Joins | None) -> list[Group]:
     of = {n: i for i, g in enumerate(groups) for n in g.nodes}
     dag = nx.DiGraph()
     dag.add_nodes_from(range(len(groups)))
@@ -129,6 +140,8 @@ def _fuse(groups: list[Group], graph: nx.DiGraph, order: dict[fx.Node, int], loo
     # (a group that has been merged away has left the dag)
     for i in reversed(merged.in_order()):
         merged.join_consumer(i)
+    for i in reversed(merged.in_order() if joins is not None else []):
+        merged.join_neuron(i, joins)
     return [groups[i] for i in merged.in_order()]
 
 
@@ -163,6 +176,16 @@ class _Merger:
         consumer = self.groups[consumers[0]]
         if consumer.is_kernel and _broadcasts(group.shape, consumer.shape):
             self._merge(consumers[0], i)
+
+    def join_neuron(self, i: int, joins: Joins) -> None:
+        """A group that is not pointwise joins the one recurrence that reads it."""
+        group, consumers = self.groups[i], list(self.dag.successors(i))
+        if group.pointwise or group.recurrent or len(consumers) != 1 or self._is_result(group):
+            return
+        neuron = self.groups[consumers[0]]
+        if (neuron.is_kernel or neuron.is_joined) and neuron.shape == group.shape and joins(group, neuron):
+            self._merge(consumers[0], i)
+            neuron.pointwise, neuron.is_joined = False, True
 
     @staticmethod
     def _is_result(group: Group) -> bool:
@@ -200,10 +223,12 @@ def _program_order(nodes: Sequence[fx.Node]):  # type: ignore[no-untyped-def]
 # ---------------------------------------------------------------------------------------------------------------- building
 
 
-def distribute(gm: fx.GraphModule, call: fx.Node, loop: Loop, infos: dict[fx.Node, OpInfo]) -> list[tuple[fx.Node, Loop]]:
+def distribute(
+    gm: fx.GraphModule, call: fx.Node, loop: Loop, infos: dict[fx.Node, OpInfo], joins: Joins | None = None
+) -> list[tuple[fx.Node, Loop]]:
     """Replace `call` of `loop` by calls of one loop a group; gives them in order. Kernel groups are pointwise."""
     _materialise_results(loop, infos)
-    groups = find_groups(loop, infos)
+    groups = find_groups(loop, infos, joins=joins)
     splitter = _Splitter(gm, call, loop, groups)
     calls = [splitter.emit(i) for i in range(len(groups))]
     splitter.rewire()

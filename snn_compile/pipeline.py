@@ -30,6 +30,7 @@ from snn_compile.lowering.register_stepped import register_stepped
 from snn_compile.lowering.registration import register
 from snn_compile.passes.batch_time import batch_time
 from snn_compile.passes.carry_statistics import carry_statistics, updates_statistics
+from snn_compile.passes.channels_last import channels_last
 from snn_compile.passes.chunk_time import chunk_length, chunk_time
 from snn_compile.passes.classify import OpInfo, classify
 from snn_compile.passes.convolutions_at_one_position import is_at_one_position, replace_convolutions_at_one_position
@@ -74,6 +75,7 @@ COUNTERS = (
     "batch_norms_folded",
     "thresholds_folded",
     "convolutions_replaced",
+    "convolutions_channels_last",
     "rejections",
     "pass_failures",
 )
@@ -101,6 +103,7 @@ PASSES = (
     ("fuse_recurrences", "independent recurrences over one time series become one"),
     ("lower", "a pointwise recurrence becomes one kernel, forward and backward"),
     ("unroll", "what is left becomes plain ops again, for Inductor"),
+    ("channels_last", "convolutions on CPU and the neurons behind them work on channels-last values"),
 )
 
 
@@ -172,7 +175,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
         counters["snn_compile"]["batch_norms_folded"] += fold_batch_norm(loop, is_pointwise_op)
         infos = classify(loop, is_pointwise_op)
         report.ops_hoisted += hoist(work, call, loop, infos)
-        distribute(work, call, loop, infos)
+        distribute(work, call, loop, infos, _normalises_for)
     counters["snn_compile"]["ops_hoisted"] += report.ops_hoisted
     dump(work, "3_distribute")
     if config.batch_time:
@@ -188,6 +191,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     for call, loop in _calls(work):
         unroll(work, call, loop)
     restore_writes(work)
+    counters["snn_compile"]["convolutions_channels_last"] += channels_last(work.graph)
     _finish(work)
     dump(work, "6_unroll")
     report.changed = True
@@ -283,6 +287,27 @@ def _runs_by_channel(nodes: list[fx.Node], infos: dict[fx.Node, OpInfo]) -> bool
     """All that is not pointwise are batch norms over channels, where a kernel runs channel by channel (`lowering/by_channel`)."""
     calls = [n for n in nodes if not infos[n].pointwise]
     return bool(calls) and all(updates_statistics(n) and suits_channels(example(n.args[0])) for n in calls)
+
+
+def _normalises_for(group: Group, neuron: Group) -> bool:
+    """Whether `group` is a batch norm that one kernel runs with the neuron behind it, channel by channel: all that the neuron
+    reads and makes is as the batch norm's values, or one number a channel that wants no gradient."""
+    norms = [n for n in group.nodes if updates_statistics(n)]
+    if len(group.nodes) != 1 or len(norms) != 1 or not suits_channels(example(norms[0].args[0])):
+        return False
+    whole = example(norms[0])
+    channel = {(), (whole.shape[1], *(1,) * (whole.dim() - 2)), (1, whole.shape[1], *(1,) * (whole.dim() - 2))}
+
+    def fits(value: object, is_read: bool) -> bool:
+        if not isinstance(value, torch.Tensor):
+            return True
+        if value.shape == whole.shape:
+            return value.dtype == torch.float32 or (value.dtype == torch.bool and not is_read)
+        return is_read and tuple(value.shape) in channel and value.dtype == torch.float32 and not value.requires_grad
+
+    made = set(neuron.nodes)
+    read = {n for node in neuron.nodes for n in node.all_input_nodes if n not in made and n is not norms[0]}
+    return all(fits(example(n), False) for n in made) and all(fits(example(n), True) for n in read)
 
 
 def _why_growing(loop: Loop, groups: list[Group]) -> Rejection | None:

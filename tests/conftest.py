@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from snn_compile.lowering import by_channel, launch, stepped
+from snn_compile.lowering import channels_last, launch, stepped
 from snn_compile.lowering.cpp import target as cpp
 
 
@@ -29,7 +29,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         return run
 
     monkeypatch.setattr(launch.ResultSpec, "allocate", poisoned(launch.ResultSpec.allocate))
-    for module in (by_channel, stepped):
+    for module in (channels_last, stepped):
         monkeypatch.setattr(module, "allocate", poisoned(module.allocate))
     monkeypatch.setattr(cpp, "allocate_scratch", lambda n: torch.full((n,), 255, dtype=torch.uint8))
 

@@ -3,9 +3,14 @@
     for t: h = charge(v, x[t]); y = batch_norm(h); s = H(y - 1); v = reset(y, s)          T launches of each, through memory
     ->  for channel: for t: h = …, mean, invstd of h; s[t], v = … h*scale + shift …        one launch; h and v stay in cache
 
-for values ``[N, C, *space]`` whose last dims lie together in memory, and per-channel values ``[C]``. Statistics are summed in
-fp64, as eager's batch norm on CPU does, so that they round to its bits. What a batch norm gives is not stored: each reader
-computes it from ``h`` and two numbers of the channel.
+for values ``[N, C, *space]``, and per-channel values ``[C]``. Statistics are summed in fp64, as eager's batch norm on CPU does,
+so that they round to its bits. What a batch norm gives is not stored: each reader computes it from ``h`` and two numbers of the
+channel.
+
+Where the dims of space lie together in memory, a row is ``[*space]`` of one channel, and there are ``N`` of them. Where channels
+do (``[N, C]``, channels-last), a row is `BLOCK` channels, a value of a channel is an array of that many, and there are
+``N*prod(space)`` rows; if they are many, all threads share the rows of a block and add up their sums. Eager's batch norm sums
+such values in fp32, one slice of the rows a thread, and the slices in fp64: so does the kernel where eager's values lie so.
 """
 
 from __future__ import annotations
@@ -18,11 +23,13 @@ from operator import getitem
 from typing import Any
 
 import torch
+from torch import fx
 
 from snn_compile.ir.stepped import Call, Program, Region, Slot
 from snn_compile.lowering.channel_program import RESHAPES, Given, Shapes, Unsupported, Wanted, slots_read, summed
+from snn_compile.lowering.channels_last import is_channels_last
 from snn_compile.lowering.cpp.emit import Emitter, Text, results
-from snn_compile.lowering.cpp.names import Names, comment
+from snn_compile.lowering.cpp.names import Names, comment, words
 from snn_compile.lowering.cpp.prelude import prelude
 
 aten = torch.ops.aten
@@ -32,15 +39,28 @@ aten = torch.ops.aten
 _IN_BUFFER = " + row * inner"
 #: Rows shorter than this are not summed while they are made: their buffers are, as one run.
 _SHORT = 128
+#: What a kernel calls its own.
+_NAMES = words(
+    "i row begin end slice first last lanes width count slices chunk until shared sets sums team run channel channels inner "
+    "tensors strides distance"
+)
+#: Channels of a row where channels lie together: a cache line.
+BLOCK = 16
 
 
 @dataclass(frozen=True)
 class Sum:
-    """A variable in fp64 and what it adds up, from the values by slot; `partial`: a variable for the sum of one row."""
+    """A variable in fp64 and what it adds up, from the values by slot; `partial`: one in fp32 for the sum of a row, or of a slice
+    of rows."""
 
     name: str
     of: Callable[[dict[int, str]], str]
     partial: str
+
+
+def array_of(name: str) -> str:
+    """Of a value of a channel of a row, those of all of its channels."""
+    return name.removesuffix("[i]")
 
 
 @dataclass(frozen=True)
@@ -64,13 +84,27 @@ class ChannelSource:
     buffers: int
     #: of a whole value, ``[N, C, *space]``
     shape: torch.Size
+    #: channels lie together in memory: the parameters `inner` and `streaming` are the number of slices of the rows, and whether
+    #: threads share the rows of a block
+    is_channels_last: bool = False
+    #: the most sums that threads add up at once
+    sums: int = 0
 
 
 def generate(
-    name: str, program: Program, values: Sequence[torch.Tensor], given: Sequence[Given], wanted: Sequence[Wanted], reverse: bool
+    name: str,
+    program: Program,
+    values: Sequence[torch.Tensor],
+    given: Sequence[Given],
+    wanted: Sequence[Wanted],
+    reverse: bool,
+    is_channels_last: bool = False,
 ) -> ChannelSource:
-    """`values`: an example of each slot (of one step). Raises `Unsupported`."""
-    return _Writer(name, program, values, given, wanted, reverse).source()
+    """`values`: an example of each slot (of one step), in eager's layout; `is_channels_last`: the operands' layout.
+
+    Raises `Unsupported`.
+    """
+    return _Writer(name, program, values, given, wanted, reverse, is_channels_last).source()
 
 
 @dataclass
@@ -81,6 +115,7 @@ class _Writer:
     given: Sequence[Given]
     wanted: Sequence[Wanted]
     reverse: bool
+    is_channels_last: bool = False
     lines: list[str] = field(default_factory=list)
     depth: int = 1
     helpers: set[str] = field(default_factory=set)
@@ -98,11 +133,17 @@ class _Writer:
     summed: dict[int, list[str]] = field(default_factory=dict)
     #: slots of whole values that the loop of a region has stored in their series
     stored: set[int] = field(default_factory=set)
+    #: the most sums added up at once
+    most_sums: int = 0
 
     def __post_init__(self) -> None:
-        self.shapes = Shapes(self.values, fewest_dims=3)
+        self.shapes = Shapes(self.values)
         self.shape = self.shapes.whole
+        if len(self.shape) == 2 and not self.is_channels_last:
+            raise Unsupported
         self.series = {w.slot for w in self.wanted if w.kind == "series"}
+        for name in sorted(_NAMES):
+            self.names.unique(name)
 
     # -------------------------------------------------------------------------------------------------------------- text
 
@@ -117,6 +158,50 @@ class _Writer:
         self.depth -= 1
         self.line("}")
 
+    def each_channel(self, *statements: str) -> None:
+        """Statements about values of a channel: for every channel of the row, where it has several."""
+        if not self.is_channels_last:
+            self.line(*statements)
+        elif len(statements) == 1:
+            self.line(f"for (int64_t i = 0; i < lanes; ++i) {statements[0]}")
+        else:
+            with self.braces("for (int64_t i = 0; i < lanes; ++i)"):
+                self.line(*statements)
+
+    def define(self, name: str, value: str) -> str:
+        """A value of the channel, and what it is called from now on."""
+        name = self.names.unique(name)
+        if not self.is_channels_last:
+            self.line(f"const float {name} = {value};")
+            return name
+        self.line(f"float {name}[inner];")
+        self.each_channel(f"{name}[i] = {value};")
+        return f"{name}[i]"
+
+    def variable(self, name: str, value: str) -> str:
+        """As `define`, of what changes."""
+        if not self.is_channels_last:
+            self.line(f"float {name} = {value};")
+            return name
+        self.line(f"float {name}[inner];")
+        self.each_channel(f"{name}[i] = {value};")
+        return f"{name}[i]"
+
+    def store_channel(self, target: str, value: str) -> None:
+        """Of threads that share a block, one writes."""
+        if self.is_channels_last:
+            self.line("if (team.member == 0)")
+        self.each_channel(f"{target} = {value};")
+
+    def declare(self, sums: Sequence[Sum]) -> None:
+        for s in sums:
+            self.line(f"double {array_of(s.name)}[inner] = {{}};" if self.is_channels_last else f"double {s.name} = 0.0;")
+
+    @property
+    def count(self) -> str:
+        """How many values a channel has."""
+        return "rows" if self.is_channels_last else "(rows * inner)"
+
     @contextmanager
     def lanes(
         self, slots: Sequence[int], sums: Sequence[Sum] = (), also: Sequence[str] = (), streamed: Sequence[str] = ()
@@ -129,8 +214,11 @@ class _Writer:
         stored = dict.fromkeys(s for slot in slots for s in self._stored(slot))
         read = dict.fromkeys(self.row[s] for s in stored)
         pointers = {a: names.unique(f"{a.split()[0]}_at") for a in (*read, *(a for a in also if a not in read))}
-        is_one_run = all(address.endswith(_IN_BUFFER) for address in pointers)
-        with contextlib.nullcontext() if is_one_run else self.braces("for (int64_t row = 0; row < rows; ++row)"):
+        is_one_run = not self.is_channels_last and all(address.endswith(_IN_BUFFER) for address in pointers)
+        streamed = () if self.is_channels_last else streamed  # (a row is too short)
+        lanes = "lanes" if self.is_channels_last else "inner"
+        of_row = [s for s in sums if s.partial != s.name and not self.is_channels_last]
+        with contextlib.nullcontext() if is_one_run else self._rows(sums):
             if is_one_run:
                 pointers = {address: address.removesuffix(_IN_BUFFER) for address in pointers}
             else:
@@ -139,21 +227,43 @@ class _Writer:
             for address in streamed:
                 pointers[address] = names.unique(f"{address.split()[0]}_to")
                 self.line(f"float* const {pointers[address]} = streaming ? {self._buffer()} : {direct[address]};")
-            self.line(*(f"float {s.partial} = 0.0f;" for s in sums if s.partial != s.name))
-            reduced = ", ".join(s.partial for s in sums)
-            self.line(f"#pragma omp simd reduction(+ : {reduced})" if sums else "#pragma omp simd")
-            with self.braces(f"for (int64_t i = 0; i < {'rows * inner' if is_one_run else 'inner'}; ++i)"):
+            self.line(*(f"float {s.partial} = 0.0f;" for s in of_row))
+            reduced = ", ".join(s.partial for s in sums if not self.is_channels_last)
+            self.line(f"#pragma omp simd reduction(+ : {reduced})" if reduced else "#pragma omp simd")
+            with self.braces(f"for (int64_t i = 0; i < {'rows * inner' if is_one_run else lanes}; ++i)"):
                 yield Lane({s: f"{pointers[self.row[s]]}[i]" for s in stored}, {a: f"{p}[i]" for a, p in pointers.items()})
-            self.line(*(f"{s.name} += {s.partial};" for s in sums if s.partial != s.name))
+            self.line(*(f"{s.name} += {s.partial};" for s in of_row))
             for address in streamed:
                 self.helpers.add("stream")
                 self.line(f"if (streaming) stream({direct[address]}, {pointers[address]}, inner * sizeof(float));")
+
+    @contextmanager
+    def _rows(self, sums: Sequence[Sum]) -> Iterator[None]:
+        """The loop over rows. Where a row has several channels, what threads and slices of rows add up is summed behind it."""
+        if not self.is_channels_last:
+            with self.braces("for (int64_t row = 0; row < rows; ++row)"):
+                yield
+            return
+        of_slice = [s for s in sums if s.partial != s.name]
+        if not of_slice:
+            with self.braces("for (int64_t row = first; row < last; ++row)"):
+                yield
+        else:
+            with self.braces("for (int64_t slice = begin; slice < end; ++slice)"):
+                self.line(*(f"float {array_of(s.partial)}[inner] = {{}};" for s in of_slice))
+                self.line("const int64_t until = min(rows, (slice + 1) * chunk);")
+                with self.braces("for (int64_t row = slice * chunk; row < until; ++row)"):
+                    yield
+                self.each_channel(*(f"{s.name} += {s.partial};" for s in of_slice))
+        if sums:
+            self.most_sums = max(self.most_sums, len(sums))
+            self.line(f"team.add({', '.join(array_of(s.name) for s in sums)});")
 
     def _point_to_row(self, pointers: dict[str, str], read: Iterable[str]) -> None:
         """A pointer into every row. A channel's rows lie far apart in a tensor: the next but one is asked for now."""
         for address, pointer in pointers.items():
             self.line(f"float* const {pointer} = {address};")
-            if address in read and not address.endswith(_IN_BUFFER):
+            if address in read and not address.endswith(_IN_BUFFER) and not self.is_channels_last:
                 self.helpers.add("prefetch")
                 self.line(f"prefetch({pointer} + 2 * {address.rsplit(' * ', 1)[1]}, inner * sizeof(float));")
 
@@ -179,21 +289,25 @@ class _Writer:
     def source(self) -> ChannelSource:
         self._declare()
         body = self._body()
+        together = self.is_channels_last
+        layout = "int64_t slices, bool shared" if together else "int64_t inner, bool streaming"
+        helpers = self.helpers | ({"team", "min"} if together else set())
         text = "\n".join(
             [
-                comment(f"{self.name}: all steps of a channel at a time"),
+                comment(f"{self.name}: all steps of a {'block of channels' if together else 'channel'} at a time"),
                 "",
+                *(["#include <omp.h>"] if together else []),
                 "#include <cstdint>",
-                prelude(self.helpers),
+                prelude(helpers),
                 f'extern "C" void {self.name}(',
                 "    float* const* tensors, const int64_t* strides, int64_t steps, int64_t channels, int64_t rows,",
-                "    int64_t inner, bool streaming, int64_t threads, float* scratch) {",
+                f"    {layout}, int64_t threads, float* scratch) {{",
                 *body,
                 "}",
                 "",
             ]
         )
-        return ChannelSource(self.name, text, len(self.buffers), self.shape)
+        return ChannelSource(self.name, text, len(self.buffers), self.shape, together, self.most_sums)
 
     def _declare(self) -> None:
         """A pointer and strides for every tensor, in the order of `given` and `wanted`."""
@@ -222,6 +336,9 @@ class _Writer:
             self._step()
         self._end()
         inside, self.lines, self.depth = self.lines, head, 1
+        if self.is_channels_last:
+            self._threads_of_blocks(inside)
+            return self.lines
         self.line("#pragma omp parallel for num_threads(threads) schedule(static, 1)")
         with self.braces("for (int64_t thread = 0; thread < threads; ++thread)"):
             for i, name in enumerate(self.buffers):
@@ -230,6 +347,33 @@ class _Writer:
             with self.braces("for (int64_t channel = channels * thread / threads; channel < end; ++channel)"):
                 self.lines += inside
         return self.lines
+
+    def _threads_of_blocks(self, inside: Sequence[str]) -> None:
+        """Threads share the rows of every block, or they share the blocks."""
+        self.line(f"constexpr int64_t inner = {BLOCK};")
+        self.line("#pragma omp parallel num_threads(threads)")
+        with self.braces(""):
+            self.line("const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();")
+            self.line("const int64_t begin = shared ? slices * thread / count : 0;")
+            self.line("const int64_t end = shared ? slices * (thread + 1) / count : slices;")
+            self.line("const int64_t chunk = (rows + slices - 1) / slices;")
+            self.line("const int64_t first = min(rows, begin * chunk), last = min(rows, end * chunk);")
+            self.line("const int64_t sets = shared ? 1 : threads;")
+            self.line(f"double* const sums = reinterpret_cast<double*>(scratch + sets * {len(self.buffers)} * rows * inner);")
+            half = f"threads * {self.most_sums} * inner"
+            self.line(f"Team team{{shared ? thread : 0, shared ? count : 1, sums, {half}}};")
+            for i, name in enumerate(self.buffers):
+                self.line(f"float* {name} = scratch + ((shared ? 0 : thread) * {len(self.buffers)} + {i}) * rows * inner;")
+            with self.braces("const auto run = [&](const int64_t channel, const auto width)"):
+                self.line("const int64_t lanes = width;")
+                self.lines += inside
+            self.lines[-1] += ";"
+            self.line("const int64_t blocks = (channels + inner - 1) / inner;")
+            self.line("const int64_t until = shared ? blocks : blocks * (thread + 1) / count;")
+            with self.braces("for (int64_t block = shared ? 0 : blocks * thread / count; block < until; ++block)"):
+                self.line("const int64_t channel = block * inner;")
+                self.line("if (channels - channel < inner) run(channel, channels - channel);")
+                self.line("else run(channel, Constant<inner>());")
 
     def _buffer(self) -> str:
         self.buffers.append(self.names.unique(f"buffer_{len(self.buffers)}"))
@@ -243,33 +387,36 @@ class _Writer:
                 self.channel[g.slot] = "0.0f"
                 continue
             whole = self.is_whole(g.slot)
-            if not whole and not self.is_channel(g.slot):
+            if not whole and not self.is_channel(g.slot) and not (g.kind == "const" and self.shapes.tensor(g.slot).dim() == 0):
                 raise Unsupported
             name = self.tensor["init", g.slot]
             if g.kind == "const":
-                self._keep(g.slot, self._address(name, g.slot, None), whole)
+                self._keep(g.slot, name, None)
             elif g.kind == "carry":
                 self._begin_carry(g, name, whole)
         for w in self.wanted:
             if w.kind == "sum":
                 if not self.is_channel(w.slot):
                     raise Unsupported
-                self.line(f"float {self.tensor['sum', w.slot]}_sum = 0.0f;")
+                self.variable(f"{self.tensor['sum', w.slot]}_sum", "0.0f")
 
-    def _keep(self, slot: int, address: str, whole: bool) -> None:
+    def _keep(self, slot: int, name: str, at: str | None) -> None:
         """A value of the channel in a variable, a whole value where it lies."""
-        if whole:
-            self.row[slot] = address
+        if self.is_whole(slot):
+            self.row[slot] = self._address(name, slot, at)
         else:
-            name = self.channel[slot] = self.names.unique(f"c_{slot}")
-            self.line(f"const float {name} = *({address});")
+            self.channel[slot] = self.define(f"c_{slot}", self._element(name, slot, at))
+
+    def _element(self, name: str, slot: int, at: str | None) -> str:
+        """Where a channel's value lies in a tensor."""
+        return f"*({self._address(name, slot, at)}{f' + i * {name}_channel' if self.is_channels_last else ''})"
 
     def _begin_carry(self, g: Given, name: str, whole: bool) -> None:
         if g.next is None or g.next in [other.slot for other in self.given]:
             raise Unsupported
         if not whole:
-            self.channel[g.slot] = carry = self.names.unique(f"carry_{g.slot}")
-            self.line(f"float {carry} = *({self._address(name, g.slot, None)});")
+            carry = self.names.unique(f"carry_{g.slot}")
+            self.channel[g.slot] = self.variable(carry, self._element(name, g.slot, None))
             return
         now, step = self.names.unique(f"now_{g.slot}"), self.names.unique(f"now_{g.slot}_step")
         self.line(f"float* {now} = {self._address(name, g.slot, None).rsplit(' + row', 1)[0]};")
@@ -281,7 +428,7 @@ class _Writer:
     def _step(self) -> None:
         for g in self.given:
             if g.kind == "series":
-                self._keep(g.slot, self._address(self.tensor["init", g.slot], g.slot, "t"), self.is_whole(g.slot))
+                self._keep(g.slot, self.tensor["init", g.slot], "t")
             elif g.kind == "before":
                 self._before(g)
         for i, unit in enumerate(self.program.units):
@@ -331,10 +478,7 @@ class _Writer:
         operands = dict(zip(placeholders, unit.inputs, strict=True))
         if not whole:
             emitter.values = {p: Text(self._of_channel(s), torch.float32) for p, s in operands.items()}
-            self.line(*emitter.statements(nodes, made))  # type: ignore[arg-type]
-            for slot, node in zip(unit.outputs, made, strict=True):
-                self.channel[slot] = self.names.unique(f"c_{slot}")
-                self.line(f"const float {self.channel[slot]} = {emitter.value(node, torch.float32)};")
+            self._region_of_channel(emitter.statements(nodes, made), unit, emitter, made)  # type: ignore[arg-type]
             return
         for slot in unit.outputs:
             self._place(slot)
@@ -348,7 +492,7 @@ class _Writer:
             s for call in calls if call.output in self.summed for s in summed(call) if s in self.row and s not in unit.outputs
         ]
         read = list(dict.fromkeys(read))
-        self.line(*(f"double {s.name} = 0.0;" for s in sums))
+        self.declare(sums)
         streamed = [self.row[o] for o in unit.outputs if o in self.series and not self._is_read_again(o, rest)]
         streamed += [address for s, address in series.items() if self._is_next(s) or not self._is_read_again(s, rest)]
         with self.lanes(read, sums, [self.row[o] for o in unit.outputs] + list(series.values()), streamed) as lane:
@@ -370,6 +514,18 @@ class _Writer:
             if slot in self.made:
                 self.row[slot] = address
                 del self.made[slot]
+
+    def _region_of_channel(self, statements: list[str], unit: Region, emitter: Emitter, made: Sequence[fx.Node]) -> None:
+        if not self.is_channels_last:
+            self.line(*statements)
+            for slot, node in zip(unit.outputs, made, strict=True):
+                self.channel[slot] = self.define(f"c_{slot}", emitter.value(node, torch.float32))
+            return
+        names = [self.names.unique(f"c_{slot}") for slot in unit.outputs]
+        self.line(*(f"float {name}[inner];" for name in names))
+        stores = [f"{name}[i] = {emitter.value(node, torch.float32)};" for name, node in zip(names, made, strict=True)]
+        self.each_channel(*statements, *stores)
+        self.channel |= {slot: f"{name}[i]" for slot, name in zip(unit.outputs, names, strict=True)}
 
     def _is_read_again(self, slot: int, rest: Sequence[Region | Call]) -> bool:
         """Soon, by a unit of this step or as a state of the next."""
@@ -412,7 +568,7 @@ class _Writer:
     def _sums(self, call: Call, region: Region) -> list[Sum]:
         """Sums over the channel that `call` needs, where `region` makes what is summed: added up in its loop."""
         slots = summed(call)
-        if self.shape[2:].numel() < _SHORT:
+        if self.shape[2:].numel() < _SHORT and not self.is_channels_last:
             return []
         if not any(s in region.outputs for s in slots) or not all(s in region.outputs or s in self.row for s in slots):
             return []
@@ -423,16 +579,27 @@ class _Writer:
     def _first_pass(self, call: Call) -> list[Sum]:
         if call.target is aten.native_batch_norm.default:
             (h,) = summed(call)
-            total = self.names.unique(f"total_{call.output}")
-            return [Sum(total, lambda texts: texts[h], total)]
+            return [self._sum(f"total_{call.output}", lambda texts: texts[h], in_fp64=not self._sums_slices(h))]
         g, h = summed(call)
         mean = self._of_channel(call.args[5].index)  # type: ignore[union-attr, attr-defined]
-        total, product = (self.names.unique(f"{n}_{call.output}") for n in ("total", "product"))
-        # (gradients are equal to rounding: a row is summed in fp32)
+        # (gradients are equal to rounding)
         return [
-            Sum(total, lambda texts: texts[g], self.names.unique(f"row_{total}")),
-            Sum(product, lambda texts: f"{texts[g]} * ({texts[h]} - {mean})", self.names.unique(f"row_{product}")),
+            self._sum(f"total_{call.output}", lambda texts: texts[g], in_fp64=self.is_channels_last),
+            self._sum(
+                f"product_{call.output}", lambda texts: f"{texts[g]} * ({texts[h]} - {mean})", in_fp64=self.is_channels_last
+            ),
         ]
+
+    def _sums_slices(self, slot: int) -> bool:
+        """As eager's batch norm does with a value whose channels lie together."""
+        return self.is_channels_last and is_channels_last(self.shapes.tensor(slot))
+
+    def _sum(self, name: str, of: Callable[[dict[int, str]], str], in_fp64: bool) -> Sum:
+        """`in_fp64`, or a row, or a slice of rows, in fp32."""
+        name = self.names.unique(name)
+        if self.is_channels_last:
+            return Sum(f"{name}[i]", of, f"{name if in_fp64 else self.names.unique(f'slice_{name}')}[i]")
+        return Sum(name, of, name if in_fp64 else self.names.unique(f"row_{name}"))
 
     def _totals(self, unit: Call, slots: Sequence[int]) -> list[str]:
         """The names of the sums of the first pass; its loop, where no region has run it."""
@@ -441,7 +608,7 @@ class _Writer:
         if any(s not in self.row and s not in self.made for s in slots):
             raise Unsupported
         sums = self._first_pass(unit)
-        self.line(*(f"double {s.name} = 0.0;" for s in sums))
+        self.declare(sums)
         with self.lanes(slots, sums) as lane:
             here = {s: self._load(s, lane.values) for s in slots}
             self.line(*(f"{s.partial} += {s.of(here)};" for s in sums))
@@ -456,17 +623,21 @@ class _Writer:
         if training is not True or mean_ is not None or var_ is not None or not isinstance(h, Slot):
             raise Unsupported
         (total,) = self._totals(unit, [h.index])
-        mean, invstd, scale, shift = (self.names.unique(f"{n}_{unit.output}") for n in ("mean", "invstd", "scale", "shift"))
-        squares = self.names.unique(f"squares_{unit.output}")
-        self.line(f"const float {mean} = float({total} / (rows * inner));", f"double {squares} = 0.0;")
-        with self.lanes([h.index], [Sum(squares, lambda _: "", squares)]) as lane:
-            self.line(
-                f"const float distance = {self._load(h.index, lane.values)} - {mean};", f"{squares} += distance * distance;"
-            )
-        self.line(f"const float {invstd} = float(1.0 / __builtin_sqrt(float({squares}) / float(rows * inner) + {eps!r}));")
+        mean = self.define(f"mean_{unit.output}", f"float({total} / {self.count})")
+        squares = self._sum(f"squares_{unit.output}", lambda _: "", in_fp64=not self._sums_slices(h.index))
+        self.declare([squares])
+        with self.lanes([h.index], [squares]) as lane:
+            self.line(f"const float distance = {self._load(h.index, lane.values)} - {mean};")
+            if self._sums_slices(h.index):
+                self.line(f"{squares.partial} = __builtin_fmaf(distance, distance, {squares.partial});")
+            else:
+                self.line(f"{squares.partial} += distance * distance;")
+        variance = f"float({squares.name}) / float({self.count})"
+        invstd = self.define(f"invstd_{unit.output}", f"float(1.0 / __builtin_sqrt({variance} + {eps!r}))")
         factor = f"{invstd} * {self._of_channel(weight.index)}" if isinstance(weight, Slot) else invstd
         offset = self._of_channel(bias.index) if isinstance(bias, Slot) else "0.0f"
-        self.line(f"const float {scale} = {factor}, {shift} = __builtin_fmaf(-{mean}, {scale}, {offset});")
+        scale = self.define(f"scale_{unit.output}", factor)
+        shift = self.define(f"shift_{unit.output}", f"__builtin_fmaf(-{mean}, {scale}, {offset})")
         y = ((h.index,), lambda value: f"__builtin_fmaf({value}, {scale}, {shift})")
         self.parts[unit.output] = (y, mean, invstd)
 
@@ -479,13 +650,13 @@ class _Writer:
             raise Unsupported
         m, inv = self._of_channel(mean.index), self._of_channel(invstd.index)
         total, product = self._totals(unit, [g.index, h.index])
-        center, slope, factor = (self.names.unique(f"{n}_{unit.output}") for n in ("center", "slope", "factor"))
-        self.line(f"const float {center} = float({total} / (rows * inner));")
-        self.line(f"const float {slope} = float({product} / (rows * inner)) * {inv} * {inv};")
-        self.line(f"const float {factor} = {inv}{f' * {self._of_channel(weight.index)}' if isinstance(weight, Slot) else ''};")
+        center = self.define(f"center_{unit.output}", f"float({total} / {self.count})")
+        slope = self.define(f"slope_{unit.output}", f"float({product} / {self.count}) * {inv} * {inv}")
+        weighted = f"{inv}{f' * {self._of_channel(weight.index)}' if isinstance(weight, Slot) else ''}"
+        factor = self.define(f"factor_{unit.output}", weighted)
         grad_h = ((g.index, h.index), lambda a, b: f"({a} - {center} - ({b} - {m}) * {slope}) * {factor}")
-        grad_weight, grad_bias = (self.names.unique(f"{n}_{unit.output}") for n in ("grad_weight", "grad_bias"))
-        self.line(f"const float {grad_weight} = float({product}) * {inv}, {grad_bias} = float({total});")
+        grad_weight = self.define(f"grad_weight_{unit.output}", f"float({product}) * {inv}")
+        grad_bias = self.define(f"grad_bias_{unit.output}", f"float({total})")
         self.parts[unit.output] = (grad_h, grad_weight, grad_bias)
 
     # ------------------------------------------------------------------------------------------------------ after the units
@@ -493,16 +664,20 @@ class _Writer:
     def _results_of_step(self) -> None:
         for w in self.wanted:
             if w.kind == "sum":
-                self.line(f"{self.tensor['sum', w.slot]}_sum += {self._of_channel(w.slot)};")
+                self.each_channel(f"{self._sum_over_steps(w.slot)} += {self._of_channel(w.slot)};")
             elif w.kind == "series" and w.slot not in self.stored:
-                self._store(w.slot, self._address(self.tensor["series", w.slot], w.slot, "t"))
+                self._store(w.slot, self.tensor["series", w.slot], "t")
 
-    def _store(self, slot: int, address: str) -> None:
+    def _sum_over_steps(self, slot: int) -> str:
+        return f"{self.tensor['sum', slot]}_sum{'[i]' if self.is_channels_last else ''}"
+
+    def _store(self, slot: int, name: str, at: str | None) -> None:
         """A value that is not there yet goes to where it is wanted."""
+        address = self._address(name, slot, at)
         if self.row.get(slot) == address:
             return
         if not self.is_whole(slot):
-            self.line(f"*({address}) = {self._of_channel(slot)};")
+            self.store_channel(self._element(name, slot, at), self._of_channel(slot))
             return
         if slot not in self.row and slot not in self.made:
             raise Unsupported
@@ -522,12 +697,12 @@ class _Writer:
                 now, now_step = self.row[g.slot].rsplit(" + row * ", 1)
                 self.line(f"{now} = {pointer};", f"{now_step} = {step};")
             else:
-                self.line(f"{self.channel[g.slot]} = {self._of_channel(g.next)};")
+                self.each_channel(f"{self.channel[g.slot]} = {self._of_channel(g.next)};")
 
     def _end(self) -> None:
         for w in self.wanted:
             name = self.tensor[w.kind, w.slot]
             if w.kind == "sum":
-                self.line(f"*({self._address(name, w.slot, None)}) = {name}_sum;")
+                self.store_channel(self._element(name, w.slot, None), self._sum_over_steps(w.slot))
             elif w.kind == "final":
-                self._store(w.slot, self._address(name, w.slot, None))
+                self._store(w.slot, name, None)

@@ -100,6 +100,10 @@ def _transcendental(name: str, real: str) -> Helper:
     parameters = ", ".join(f"{real} {c}" for c in "xy"[:arity])
     arguments = ", ".join("xy"[:arity])
     splats = ", ".join(f"{c} - {lanes}{{}}" for c in "xy"[:arity])
+    count = 4 if real == "float" else 2
+    few = f"{name}_few_{real}s"
+    filled = ", ".join(f"{lanes}{{{', '.join(f'{c}[{i}]' for i in range(count))}}}" for c in "xy"[:arity])
+    picked = ", ".join(f"all[{i}]" for i in range(count))
     return Helper(
         f"""
 #ifdef SLEEF  // libtorch_cpu holds the vector variants, which eager calls too; the scalar one is a lane of a vector
@@ -110,6 +114,12 @@ typedef {real} {lanes} __attribute__((vector_size(32)));
 {lanes} {vector}({", ".join([lanes] * arity)});
 __attribute__((used, visibility("hidden"))) {real} {name}_{real}({parameters}) {{ return {vector}({splats})[0]; }}
 asm(".set {scalar}, {name}_{real}");
+typedef {real} {few} __attribute__((vector_size(16)));  // of the last lanes of a row, which libtorch_cpu does not have
+{few} {name}_few_{real}({", ".join(f"{few} {c}" for c in "xy"[:arity])}) asm("_ZGVbN{count}{"v" * arity}_{scalar}");
+__attribute__((used, visibility("hidden"))) {few} {name}_few_{real}({", ".join(f"{few} {c}" for c in "xy"[:arity])}) {{
+  const {lanes} all = {vector}({filled});
+  return {few}{{{picked}}};
+}}
 }}
 static inline {real} v{name}({parameters}) {{ return {scalar}({arguments}); }}
 #else
@@ -135,6 +145,36 @@ static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline void prefetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
 }
+"""),
+    "team": Helper("""
+template <int64_t N>
+struct Constant {
+  constexpr operator int64_t() const { return N; }
+};
+
+// Threads that share the rows of a block of channels. Each adds up its rows; then all of them have the sums, and the same ones.
+struct Team {
+  int64_t member, members;
+  double* sums;
+  int64_t half;  // of them; the other one is still being read
+
+  template <typename... Array>
+  void add(Array&... arrays) {
+    if (members == 1) return;
+    constexpr int64_t count = sizeof...(arrays), size = (0 + ... + sizeof(Array)) / sizeof(double), each = size / count;
+    double* const now = sums;
+    double* own[] = {arrays...};
+    for (int64_t k = 0; k < size; ++k) now[member * size + k] = own[k / each][k % each];
+#pragma omp barrier
+    for (int64_t k = 0; k < size; ++k) {
+      double sum = 0.0;
+      for (int64_t other = 0; other < members; ++other) sum += now[other * size + k];
+      own[k / each][k % each] = sum;
+    }
+    sums += half;
+    half = -half;
+  }
+};
 """),
     "integer_power": Helper("""
 static inline int64_t integer_power(int64_t base, int64_t exponent) {

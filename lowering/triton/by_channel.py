@@ -133,7 +133,8 @@ class _Writer:
         bases = Names(set())
         for position, (kind, slot) in enumerate(own):
             group = self.layout.group_of[position]
-            if (group is None and not self.shapes.is_channel(slot)) or (group is not None and not self.shapes.is_whole(slot)):
+            is_number = kind == "init" and self.shapes.tensor(slot).dim() == 0  # which any channel reads at stride 0
+            if not (is_number or self.shapes.is_channel(slot) if group is None else self.shapes.is_whole(slot)):
                 raise Unsupported
             is_unit = group is not None and (self.layout.groups[group].unit_lane or self.layout.groups[group].unit_channel)
             label = self.label.get(slot, "result")

@@ -30,7 +30,7 @@ class ChannelKernel:
     ) -> None:
         """Arguments as of `generate`; `values`: an example of each slot."""
         self.name, self.program, self.given, self.wanted, self.reverse = name, program, given, wanted, reverse
-        self.shapes = Shapes(values, fewest_dims=2)
+        self.shapes = Shapes(values)
         self.shape = self.shapes.whole
         if self.shape.numel() // self.shape[1] < 2:  # a whole value is then not to be told from one of a channel
             raise Unsupported

@@ -395,9 +395,6 @@ def loop_00_forward(
     running_mean_final_stride_c: tl.int64,
     running_var_final_stride_c: tl.int64,
     stride_r,
-    stride_i,
-    stride_1_r,
-    stride_1_c,
     BLOCK: tl.constexpr,
     CHANNELS: tl.constexpr,
     INDEX: tl.constexpr,
@@ -414,10 +411,8 @@ def loop_00_forward(
     for start in range(0, count, BLOCK):
         lane = start + offset
         inside = (lane < count) & exists
-        row = lane // inner
-        column = lane % inner
         home = lane * CHANNELS + beside
-        lanes = row * stride_r + channel + column * stride_i
+        lanes = lane * stride_r + channel
         tl.store(v_state_ptr + (2 * program + 0 % 2) * area + home, tl.load(v_ptr + lanes, mask=inside), mask=inside)
     running_mean = tl.load(running_mean_ptr + channel * running_mean_stride_c, mask=exists)
     running_var = tl.load(running_var_ptr + channel * running_var_stride_c, mask=exists)
@@ -430,10 +425,8 @@ def loop_00_forward(
         for start in range(0, count, BLOCK):
             lane = start + offset
             inside = (lane < count) & exists
-            row = lane // inner
-            column = lane % inner
             home = lane * CHANNELS + beside
-            lanes = row * stride_r + channel + column * stride_i
+            lanes = lane * stride_r + channel
             v = tl.load(v_state_ptr + (2 * program + t % 2) * area + home, mask=inside)
             x = tl.load(x_ptr + t * x_stride_t + lanes, mask=inside)
             v_1 = v * 0.9 + x
@@ -453,19 +446,17 @@ def loop_00_forward(
         for start in range(0, count, BLOCK):
             lane = start + offset
             inside = (lane < count) & exists
-            row = lane // inner
-            column = lane % inner
             home = lane * CHANNELS + beside
-            lanes_1 = row * stride_1_r + channel * stride_1_c + column
+            lanes = lane * stride_r + channel
             v_2 = tl.load(v_values_ptr + program * area + home, mask=inside)
             normalised = tl.fma(weight * (v_2 - mean), invstd, bias)
             arg = normalised - 0.5
             s = (arg >= 0.0).to(tl.float32)
             v_3 = v_2 - s
-            tl.store(s_seq_ptr + t * s_seq_stride_t + lanes_1, s, mask=inside)
-            tl.store(v_seq_ptr + t * v_seq_stride_t + lanes_1, v_3, mask=inside)
+            tl.store(s_seq_ptr + t * s_seq_stride_t + lanes, s, mask=inside)
+            tl.store(v_seq_ptr + t * v_seq_stride_t + lanes, v_3, mask=inside)
             tl.store(v_state_ptr + (2 * program + (t + 1) % 2) * area + home, v_3, mask=inside)
-            tl.store(normalised_seq_ptr + t * normalised_seq_stride_t + lanes_1, normalised, mask=inside)
+            tl.store(normalised_seq_ptr + t * normalised_seq_stride_t + lanes, normalised, mask=inside)
         tl.store(mean_seq_ptr + t * mean_seq_stride_t + channel * mean_seq_stride_c, mean, mask=exists)
         tl.store(invstd_seq_ptr + t * invstd_seq_stride_t + channel * invstd_seq_stride_c, invstd, mask=exists)
         running_mean = next_mean
@@ -474,11 +465,9 @@ def loop_00_forward(
     for start in range(0, count, BLOCK):
         lane = start + offset
         inside = (lane < count) & exists
-        row = lane // inner
-        column = lane % inner
         home = lane * CHANNELS + beside
-        lanes_1 = row * stride_1_r + channel * stride_1_c + column
-        tl.store(v_final_ptr + lanes_1, tl.load(v_state_ptr + (2 * program + T % 2) * area + home, mask=inside), mask=inside)
+        lanes = lane * stride_r + channel
+        tl.store(v_final_ptr + lanes, tl.load(v_state_ptr + (2 * program + T % 2) * area + home, mask=inside), mask=inside)
     tl.store(running_mean_final_ptr + channel * running_mean_final_stride_c, running_mean, mask=exists)
     tl.store(running_var_final_ptr + channel * running_var_final_stride_c, running_var, mask=exists)
 """,
