@@ -1,6 +1,7 @@
 """Running a `SteppedRecurrence` channel by channel, where its program and the memory layout allow it.
 
-The results are those of `lowering/stepped`, which runs a program unit by unit; that module says what they are.
+The results are those of `lowering/stepped`, which runs a program unit by unit; that module says what they are. On CPU they have
+its bits, on GPUs statistics and what is normalised with them agree to rounding (`lowering/triton/by_channel`).
 """
 
 from __future__ import annotations
@@ -16,23 +17,17 @@ from torch import Tensor
 
 from snn_compile.ir.stepped import Program, SteppedRecurrence
 from snn_compile.ir.values import known_int
+from snn_compile.lowering.channel_program import Given, Unsupported, Wanted, examples_of, is_by_channel, whole_shape
 from snn_compile.lowering.channels_last import arranged, empty_arranged, fits, is_channels_last, row_stride
 from snn_compile.lowering.cpp import compiler
 from snn_compile.lowering.cpp import target as cpp
-from snn_compile.lowering.cpp.by_channel import (
-    BLOCK,
-    ChannelSource,
-    Given,
-    Unsupported,
-    Wanted,
-    examples_of,
-    generate,
-    is_by_channel,
-    whole_shape,
-)
+from snn_compile.lowering.cpp.by_channel import BLOCK, ChannelSource, generate
 from snn_compile.lowering.cpp.names import identifier
 from snn_compile.lowering.cpp.plan import STREAM_BYTES
 from snn_compile.lowering.launch import Direction, Target
+from snn_compile.lowering.triton import channel_kernel as triton
+from snn_compile.lowering.triton.channel_layout import Place, place
+from snn_compile.lowering.triton.heuristics import fills_device
 
 #: Steps of fewer values stay in the caches, where Inductor's unrolled loop is as fast or faster (measured on two cores).
 FEWEST_VALUES = 1 << 16
@@ -47,6 +42,13 @@ class Operand:
     tensor: Tensor
     timed: bool = False
     reverse: bool = False
+
+    def place(self, shape: torch.Size) -> Place | None:
+        return place(self.tensor, self.timed, self.reverse, shape)
+
+    def from_first_step(self) -> Tensor:
+        """A tensor that begins where the first step's value does."""
+        return self.tensor[-1] if self.reverse else self.tensor
 
     def address(self) -> int:
         start = (self.tensor.shape[0] - 1) * self.tensor.stride(0) if self.reverse else 0
@@ -115,16 +117,25 @@ def empty_result(
 
 
 def suits_channels(value: Tensor) -> bool:
-    """fp32 on CPU, ``[N, C, *space]``, in steps too large for the caches."""
+    """fp32, ``[N, C, *space]``; on CPU in steps too large for the caches, on GPUs with enough channels."""
+    if value.device.type == "cuda":
+        return _suits_gpu(value)
     if value.dtype != torch.float32 or value.device.type != "cpu" or value.dim() < 2:
         return False
     sizes = [known_int(s) for s in value.shape]
     return None not in sizes and value.numel() >= FEWEST_VALUES
 
 
+def _suits_gpu(value: Tensor) -> bool:
+    sizes = [known_int(s) for s in value.shape]
+    if value.dtype != torch.float32 or value.dim() < 2 or None in sizes or 0 in sizes:
+        return False
+    return fills_device(value.numel() // value.shape[1], value.shape[1], triton.processors(value.device))
+
+
 def runs_by_channel(program: Program, target: Target) -> bool:
     """Whether to ask for a kernel at all: most programs call matrix products."""
-    return target.name == "cpp" and is_by_channel(program)
+    return target.name in ("cpp", "triton") and is_by_channel(program)
 
 
 class ChannelKernel:
@@ -137,8 +148,14 @@ class ChannelKernel:
         self._function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 4 + [ctypes.c_bool, ctypes.c_int64, ctypes.c_void_p]
         self._function.restype = None
 
+    def run(self, operands: Sequence[Operand], steps: int) -> bool:
+        """`operands` in the order of the source's `given` and `wanted`. False where they do not lie in memory as they should."""
+        if not all(o.fits(len(self.source.shape), self.source.is_channels_last) for o in operands):
+            return False
+        self(operands, steps)
+        return True
+
     def __call__(self, operands: Sequence[Operand], steps: int) -> None:
-        """`operands` in the order of the source's `given` and `wanted`."""
         source = self.source
         n, channels, *space = source.shape
         rows, inner = (n * math.prod(space), BLOCK) if source.is_channels_last else (n, math.prod(space))
@@ -158,11 +175,25 @@ class ChannelKernel:
         self._function(pointers, numbers, steps, channels, rows, *layout, threads, scratch.data_ptr())
 
 
+class GpuChannelKernel:
+    """The same for Triton; it takes operands of more layouts, which is found out in a call."""
+
+    def __init__(self, kernel: triton.ChannelKernel) -> None:
+        self.kernel = kernel
+
+    def run(self, operands: Sequence[Operand], steps: int) -> bool:
+        places = [o.place(self.kernel.shape) for o in operands]
+        known = [p for p in places if p is not None]
+        if len(known) < len(places) or any(o.tensor.dtype != torch.float32 or o.tensor.numel() == 0 for o in operands):
+            return False
+        return self.kernel.run(known, [o.from_first_step() for o in operands], steps)
+
+
 class _Call:
     """What a kernel is given and what is wanted of it, with the tensors."""
 
-    def __init__(self, r: SteppedRecurrence, direction: Direction, channels_last: bool) -> None:
-        self.r, self.direction, self.channels_last = r, direction, channels_last
+    def __init__(self, r: SteppedRecurrence, direction: Direction, target: Target, channels_last: bool) -> None:
+        self.r, self.direction, self.target, self.channels_last = r, direction, target, channels_last
         self.dim = len(step_shape(r))
         self.given: list[tuple[Given, list[Operand]]] = []
         self.wanted: list[tuple[Wanted, Operand]] = []
@@ -171,7 +202,9 @@ class _Call:
         self.given.append((Given(slot, kind, name, next), list(operands)))
 
     def operand(self, value: Tensor, timed: bool = False, reverse: bool = False) -> Operand:
-        """One that is read: copied where it does not lie in memory as all others do."""
+        """One that is read: on CPU copied where it does not lie in memory as all others do."""
+        if self.target.name == "triton":
+            return Operand(value, timed, reverse)
         return Operand(arranged(value, self.dim, self.channels_last, timed), timed, reverse)
 
     def give_constants(self, values: Sequence[Tensor | None], slots: Iterable[int]) -> None:
@@ -187,23 +220,23 @@ class _Call:
 
     def run(self, steps: int) -> bool:
         """Fill what is wanted; False, and nothing is done, where the recurrence does not run so."""
-        key = (self.direction, self.channels_last, tuple(g for g, _ in self.given), tuple(w for w, _ in self.wanted))
+        given, wanted = tuple(g for g, _ in self.given), tuple(w for w, _ in self.wanted)
+        key = self.target.name, self.direction, self.channels_last, given, wanted
         known = self.r.meta.setdefault("by_channel", {})
         if key not in known:
-            known[key] = self._kernel(*key[2:])
-        kernel: ChannelKernel | None = known[key]
+            known[key] = self._kernel(given, wanted)
+        kernel: ChannelKernel | GpuChannelKernel | None = known[key]
         operands = [o for _, some in self.given for o in some] + [o for _, o in self.wanted]
-        if kernel is None or steps == 0 or not all(o.fits(self.dim, self.channels_last) for o in operands):
-            return False
-        kernel(operands, steps)
-        return True
+        return kernel is not None and steps > 0 and kernel.run(operands, steps)
 
-    def _kernel(self, given: Sequence[Given], wanted: Sequence[Wanted]) -> ChannelKernel | None:
+    def _kernel(self, given: Sequence[Given], wanted: Sequence[Wanted]) -> ChannelKernel | GpuChannelKernel | None:
         is_backward = self.direction == "backward"
         program, gm = (self.r.backward, self.r.step_backward) if is_backward else (self.r.forward, self.r.step)
         assert program is not None and gm is not None
         name = f"{identifier(self.r.name)}_{self.direction}"
         with contextlib.suppress(Unsupported):
+            if self.target.name == "triton":
+                return GpuChannelKernel(triton.ChannelKernel(name, program, examples_of(gm), given, wanted, is_backward))
             return ChannelKernel(
                 generate(
                     name,
@@ -220,6 +253,7 @@ class _Call:
 
 def forward_by_channel(
     r: SteppedRecurrence,
+    target: Target,
     inits: Sequence[Tensor],
     xs: Sequence[Tensor],
     values: Sequence[Tensor | None],
@@ -232,7 +266,7 @@ def forward_by_channel(
     `values`: what is known before the first step, by slot: constants and what the prologue made.
     """
     n, first = len(r.carries), len(r.carries) + len(r.xs)
-    call = _Call(r, "forward", channels_last)
+    call = _Call(r, "forward", target, channels_last)
     for i, (carry, init) in enumerate(zip(r.carries, inits, strict=True)):
         call.give("carry", i, carry.name, call.operand(init), next=r.forward.outputs[i])
     for j, (spec, x) in enumerate(zip(r.xs, xs, strict=True)):
@@ -250,6 +284,7 @@ def forward_by_channel(
 
 def backward_by_channel(
     r: SteppedRecurrence,
+    target: Target,
     operands: Sequence[Tensor | None],
     kept: Sequence[Tensor],
     values: Sequence[Tensor | None],
@@ -261,7 +296,7 @@ def backward_by_channel(
     assert r.backward is not None
     inits, xs, consts = r.split(operands)
     outputs, n_ct = r.backward.outputs, len(cotangents[0])
-    call = _Call(r, "backward", channels_last)
+    call = _Call(r, "backward", target, channels_last)
     _give_backward(call, inits, xs, kept, values, cotangents)
     first_ct, grads = len(operands) + r.n_residuals, []
     for k, (ct, carry) in enumerate(zip(cotangents[0], r.differentiable_carries, strict=True)):
@@ -275,7 +310,7 @@ def backward_by_channel(
         grads.append(empty_result(r, x.shape, x.dtype, x.device, channels_last, timed=True))
         call.want("series", slot, Operand(grads[-1], True, spec.reverse))
     for const, way in zip((c for c, s in zip(consts, r.consts, strict=True) if s.needs_grad), r.reduced, strict=True):
-        grads.append(torch.zeros(const.shape, dtype=const.dtype))
+        grads.append(torch.zeros(const.shape, dtype=const.dtype, device=const.device))
         if way is not None and way.kind != "sum":
             return None
         if way is not None:

@@ -61,7 +61,7 @@ def run_stepped(r: SteppedRecurrence, target: Target, operands: Sequence[Tensor]
     finals = None
     if runner.by_channel:
         results = list(zip(wanted, kept, reverse, strict=True))
-        finals = forward_by_channel(r, inits, xs, values, results, steps, channels_last)
+        finals = forward_by_channel(r, target, inits, xs, values, results, steps, channels_last)
     if finals is None:
         series = [Slices(x, spec.reverse) for x, spec in zip(xs, r.xs, strict=True)]
         views = [Slices(k, back) for k, back in zip(kept, reverse, strict=True)]
@@ -149,7 +149,7 @@ def run_stepped_backward(
     ct_carries, whole_ys = _cotangents(r, device_of(operands), cotangents)
     channels_last = runs_channels_last(r, xs, kept)
     if runner.by_channel:
-        gradients = backward_by_channel(r, operands, kept, values, (ct_carries, whole_ys), steps, channels_last)
+        gradients = backward_by_channel(r, target, operands, kept, values, (ct_carries, whole_ys), steps, channels_last)
         if gradients is not None:
             return gradients
     # (the step that sees the initial state is not the first one here: the state must lie in memory like those after it)

@@ -423,7 +423,7 @@ def _lower_stepped(
     except Reject as r:
         report.rejections.append(replace(r.rejection, location=r.rejection.location or loop.location))
         return
-    stepped.meta |= {"steps": loop.length, "target": target.name, "is_by_channel": by_channel and target.name == "cpp"}
+    stepped.meta |= {"steps": loop.length, "target": target.name, "is_by_channel": by_channel}
     dump.stepped(stepped)
     lower_loop(gm, call, loop, register_stepped(stepped, targets.for_device), stepped.backward is not None)
     report.stepped.append(stepped)

@@ -26,13 +26,13 @@ import torch
 from torch import fx
 
 from snn_compile.ir.stepped import Call, Program, Region, Slot
+from snn_compile.lowering.channel_program import RESHAPES, Given, Shapes, Unsupported, Wanted, slots_read, summed
 from snn_compile.lowering.channels_last import is_channels_last
 from snn_compile.lowering.cpp.emit import Emitter, Text, results
 from snn_compile.lowering.cpp.names import Names, comment, words
 from snn_compile.lowering.cpp.prelude import prelude
 
 aten = torch.ops.aten
-RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.default)
 
 
 #: How the address of a row of a buffer ends.
@@ -71,33 +71,6 @@ class Lane:
     targets: dict[str, str]
 
 
-class Unsupported(Exception):
-    """The program is not one that runs channel by channel."""
-
-
-@dataclass(frozen=True)
-class Given:
-    """An input slot of the program. ``carry``: an initial value, then `next`; ``before``: a state before each step, as its
-    initial value and the series of those after each step; ``series``; ``const``; ``zero``: absent."""
-
-    slot: int
-    kind: str
-    name: str
-    next: int | None = None
-
-    @property
-    def tensors(self) -> int:
-        return {"zero": 0, "before": 2}.get(self.kind, 1)
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A result: ``series`` (a value of each step), ``final`` (the last value of the carry in `slot`), ``sum`` over the steps."""
-
-    slot: int
-    kind: str
-
-
 @dataclass(frozen=True)
 class ChannelSource:
     """The text of a kernel ``entry(tensors, strides, steps, channels, rows, inner, streaming, threads, scratch)``.
@@ -134,14 +107,6 @@ def generate(
     return _Writer(name, program, values, given, wanted, reverse, is_channels_last).source()
 
 
-def whole_shape(shapes: Iterable[torch.Size]) -> torch.Size:
-    """Of values ``[N, C, *space]``, among values of channels. Raises `Unsupported`."""
-    whole = [s for s in shapes if len(s) > 1]
-    if not whole:
-        raise Unsupported
-    return max(whole, key=lambda s: (len(s), s.numel()))
-
-
 @dataclass
 class _Writer:
     name: str
@@ -172,7 +137,8 @@ class _Writer:
     most_sums: int = 0
 
     def __post_init__(self) -> None:
-        self.shape = whole_shape(v.shape for v in self.values if isinstance(v, torch.Tensor))
+        self.shapes = Shapes(self.values)
+        self.shape = self.shapes.whole
         if len(self.shape) == 2 and not self.is_channels_last:
             raise Unsupported
         self.series = {w.slot for w in self.wanted if w.kind == "series"}
@@ -313,19 +279,10 @@ class _Writer:
     # ------------------------------------------------------------------------------------------------------------- shapes
 
     def is_whole(self, slot: int) -> bool:
-        return self._tensor(slot).shape == self.shape
+        return self.shapes.is_whole(slot)
 
-    def is_channel(self, slot: int, broadcasts: bool = False) -> bool:
-        """One value a channel; `broadcasts`: in a shape that stretches over whole values."""
-        shape, ones = tuple(self._tensor(slot).shape), (1,) * (len(self.shape) - 2)
-        c = self.shape[1]
-        return shape in ((c, *ones), (1, c, *ones)) or (not broadcasts and shape == (c,))
-
-    def _tensor(self, slot: int) -> torch.Tensor:
-        value = self.values[slot]
-        if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
-            raise Unsupported
-        return value
+    def is_channel(self, slot: int) -> bool:
+        return self.shapes.is_channel(slot)
 
     # ------------------------------------------------------------------------------------------------------------ the whole
 
@@ -430,7 +387,7 @@ class _Writer:
                 self.channel[g.slot] = "0.0f"
                 continue
             whole = self.is_whole(g.slot)
-            if not whole and not self.is_channel(g.slot) and not (g.kind == "const" and self._tensor(g.slot).dim() == 0):
+            if not whole and not self.is_channel(g.slot) and not (g.kind == "const" and self.shapes.tensor(g.slot).dim() == 0):
                 raise Unsupported
             name = self.tensor["init", g.slot]
             if g.kind == "const":
@@ -515,14 +472,8 @@ class _Writer:
     def _region(self, unit: Region, rest: Sequence[Region | Call]) -> None:
         graph = unit.kernel.step.graph
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-        shape = torch.Size(unit.kernel.meta["shape"])
-        whole = shape == self.shape
+        whole = self.shapes.of_region(unit)
         nodes, made = [n for n in graph.nodes if n.op == "call_function"], results(graph)
-        if not whole and not all(self.is_channel(o) for o in unit.outputs):
-            raise Unsupported
-        for slot in (*unit.inputs, *unit.outputs):
-            if self._tensor(slot).dim() and not (whole and self.is_whole(slot)) and not self.is_channel(slot, broadcasts=whole):
-                raise Unsupported
         emitter = Emitter(self.names.copy() if whole else self.names, helpers=self.helpers, is_scalar=not whole)
         operands = dict(zip(placeholders, unit.inputs, strict=True))
         if not whole:
@@ -538,7 +489,7 @@ class _Writer:
         calls = [call for call in rest if isinstance(call, Call)]
         sums = [s for call in calls for s in self._sums(call, unit)]
         read += [
-            s for call in calls if call.output in self.summed for s in _summed(call) if s in self.row and s not in unit.outputs
+            s for call in calls if call.output in self.summed for s in summed(call) if s in self.row and s not in unit.outputs
         ]
         read = list(dict.fromkeys(read))
         self.declare(sums)
@@ -578,9 +529,7 @@ class _Writer:
 
     def _is_read_again(self, slot: int, rest: Sequence[Region | Call]) -> bool:
         """Soon, by a unit of this step or as a state of the next."""
-        read = [
-            i for u in rest for i in (u.inputs if isinstance(u, Region) else [a.index for a in u.args if isinstance(a, Slot)])
-        ]
+        read = [i for u in rest for i in slots_read(u)]
         return slot in read or self._is_next(slot)
 
     def _of_channel(self, slot: int) -> str:
@@ -618,7 +567,7 @@ class _Writer:
 
     def _sums(self, call: Call, region: Region) -> list[Sum]:
         """Sums over the channel that `call` needs, where `region` makes what is summed: added up in its loop."""
-        slots = _summed(call)
+        slots = summed(call)
         if self.shape[2:].numel() < _SHORT and not self.is_channels_last:
             return []
         if not any(s in region.outputs for s in slots) or not all(s in region.outputs or s in self.row for s in slots):
@@ -629,9 +578,9 @@ class _Writer:
 
     def _first_pass(self, call: Call) -> list[Sum]:
         if call.target is aten.native_batch_norm.default:
-            (h,) = _summed(call)
+            (h,) = summed(call)
             return [self._sum(f"total_{call.output}", lambda texts: texts[h], in_fp64=not self._sums_slices(h))]
-        g, h = _summed(call)
+        g, h = summed(call)
         mean = self._of_channel(call.args[5].index)  # type: ignore[union-attr, attr-defined]
         # (gradients are equal to rounding)
         return [
@@ -643,7 +592,7 @@ class _Writer:
 
     def _sums_slices(self, slot: int) -> bool:
         """As eager's batch norm does with a value whose channels lie together."""
-        return self.is_channels_last and is_channels_last(self._tensor(slot))
+        return self.is_channels_last and is_channels_last(self.shapes.tensor(slot))
 
     def _sum(self, name: str, of: Callable[[dict[int, str]], str], in_fp64: bool) -> Sum:
         """`in_fp64`, or a row, or a slice of rows, in fp32."""
@@ -757,21 +706,3 @@ class _Writer:
                 self.store_channel(self._element(name, w.slot, None), self._sum_over_steps(w.slot))
             elif w.kind == "final":
                 self._store(w.slot, name, None)
-
-
-def _summed(call: Call) -> tuple[int, ...]:
-    """The slots that the first pass of a batch norm, or of its backward, sums over the channel."""
-    count = {aten.native_batch_norm.default: 1, aten.native_batch_norm_backward.default: 2}.get(call.target, 0)  # type: ignore[call-overload]
-    return tuple(a.index for a in call.args[:count] if isinstance(a, Slot))
-
-
-def is_by_channel(program: Program) -> bool:
-    """Whether the program's calls look along channels only, one of them at least: the cheap half of what `generate` finds out."""
-    targets = {u.target for u in program.units if isinstance(u, Call)}
-    norms = {aten.native_batch_norm.default, aten.native_batch_norm_backward.default}
-    return bool(targets & norms) and targets <= {getitem, *RESHAPES, *norms}
-
-
-def examples_of(gm: fx.GraphModule) -> list[Any]:
-    """An example of each slot of a program: placeholders and ops in the order of its graph."""
-    return [n.meta.get("val") for op in ("placeholder", "call_function") for n in gm.graph.nodes if n.op == op]

@@ -68,7 +68,7 @@ class Emitter:
             alone = users[node] == 1 and not name and len(value.text) <= _LONGEST_EXPRESSION
             alone = alone and not (named and node in results)
             if value.number is None and not (alone or re.fullmatch(r"\w+", value.text)):
-                value = self.assign(name or _op_name(node), value)
+                value = self.assign(name or op_name(node), value)
             self.env[node] = value
 
     def assign(self, wanted: str, value: Value) -> Value:
@@ -155,7 +155,7 @@ _OPERATOR_NAMES = frozenset(("add", "sub", "mul", "div", "truediv", "pow", "neg"
 }
 
 
-def _op_name(node: fx.Node) -> str:
+def op_name(node: fx.Node) -> str:
     name = overload_name(node.target).split(".")[0].strip("_")
     return {"to_copy": "converted", "where": "selected", "rsub": "sub"}.get(name, name)
 

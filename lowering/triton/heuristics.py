@@ -7,6 +7,7 @@ registers in the forward pass; in the backward pass, segments whose loads are is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -40,3 +41,41 @@ def lanes_and_steps(accessed: Sequence[torch.dtype], kept: Sequence[torch.dtype]
 def warps(n: int) -> int:
     """Two sizes of program, whatever N: a new N compiles at most one more kernel."""
     return 4 if n >= _FEW_LANES else 1
+
+
+# ----------------------------------------------------------------------------------------------------- channel by channel
+
+#: ``(lanes of a thread, warps)`` that hold channels in registers: few lanes, so that sums have many threads, then more.
+_CHANNEL_LANES = ((4, 16), (8, 32))
+#: Tiles of channels that do not fit, by channels of a program: one, or several, whose tensors lie in memory in several ways.
+_TILE_LANES = ((8, 16), (4, 16))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a program that owns channels is compiled; `fits`: one tile holds all of its values."""
+
+    block: int
+    warps: int
+    fits: bool
+
+    @property
+    def registers(self) -> int:
+        """Of a thread, so that a program runs on a processor of 64 Ki registers."""
+        return min(255, (1 << 16) // (32 * self.warps))
+
+
+def channel_tile(count: int, channels: int, warp_size: int = 32) -> Tile:
+    """`count`: values of a channel; `channels`: of a program."""
+    elements = count * channels
+    for lanes, most_warps in _CHANNEL_LANES:
+        if elements <= lanes * most_warps * 32:
+            block = max(1 << (elements - 1).bit_length(), lanes * warp_size)
+            return Tile(max(block // channels, 1), block // (lanes * warp_size), True)
+    lanes, warps = _TILE_LANES[channels > 1]
+    return Tile(lanes * warps * 32 // channels, warps * 32 // warp_size, False)
+
+
+def fills_device(count: int, programs: int, processors: int, channels: int = 1) -> bool:
+    """Whether channels as programs are worth it: where one fits into registers, launches cost more than idle processors."""
+    return channel_tile(count, channels).fits or 2 * programs >= processors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -11,11 +12,10 @@ from snn_compile.ir.recurrence import Recurrence
 from snn_compile.lowering.layout import Layout
 from snn_compile.lowering.triton.analysis import inputs, invariant, output_nodes
 from snn_compile.lowering.triton.emit import Emitter, Environment
-from snn_compile.lowering.triton.literals import TRITON_DTYPES
 from snn_compile.lowering.triton.memory import Argument, Tensor, as_block, lane_arguments, lane_lines
-from snn_compile.lowering.triton.names import RESERVED, Names, comment, identifier
-from snn_compile.lowering.triton.text import KernelText, mentions, used
-from snn_compile.lowering.triton.values import ROUNDING, Value
+from snn_compile.lowering.triton.names import RESERVED, Names, identifier
+from snn_compile.lowering.triton.text import KernelText, mentions, module_text, used
+from snn_compile.lowering.triton.values import Value
 
 
 class Kernel:
@@ -97,31 +97,13 @@ class Kernel:
         arguments += [a for t in self.tensors for a in t.arguments if a.kind != "pointer"]
         arguments = [a for a in arguments if mentions(text, a.name)]
         constants = ["BLOCK", "INDEX", *(["SEGMENT"] if mentions(text, "SEGMENT") else [])]
-        parameters = [str(a) for a in arguments] + [f"{c}: tl.constexpr" for c in constants]
-        name = f"{identifier(self.recurrence.name)}_{self.direction}"
-        header = ["import triton", "import triton.language as tl"]
-        if mentions(text, "libdevice"):
-            header.append("from triton.language.extra import libdevice")
-        helpers = [helper(d, n) for d, n in ROUNDING.items() if mentions(text, n)]
-        equations = [
-            comment(f"{identifier(self.recurrence.name)}, {self.direction}"),
-            *map(comment, self.recurrence.equations),
-        ]
-        signature = ["@triton.jit", f"def {name}(", *(f"    {p}," for p in parameters), "):"]
-        kernel = [*signature, *(f"    {line}" if line else "" for line in body)]
-        parts = ["\n".join(header), *helpers, "\n".join([*equations, *kernel])]
+        name = identifier(self.recurrence.name)
+        equations = [f"{name}, {self.direction}", *self.recurrence.equations]
         streamed = tuple(t.dtype for t in self.tensors if t.timed and t.block and mentions(text, t.pointer.name))
-        return KernelText(name, "\n\n\n".join(parts) + "\n", tuple(arguments), streamed, self.kept)
+        kernel = module_text(f"{name}_{self.direction}", equations, arguments, constants, body)
+        return replace(kernel, streamed=streamed, kept=self.kept)
 
 
 def free(names: Names, name: str, suffix: str) -> str:
     """`name`, or with a suffix where the kernel has another value of that name."""
     return f"{name}_{suffix}" if identifier(name) in names.taken else name
-
-
-def helper(dtype: torch.dtype, name: str) -> str:
-    return (
-        f"@triton.jit\ndef {name}(value):\n"
-        f'    """Rounded as eager rounds the result of every op."""\n'
-        f"    return value.to({TRITON_DTYPES[dtype]}).to(tl.float32)"
-    )

@@ -18,10 +18,11 @@ class Argument:
     """A run-time argument of a kernel, and where a call finds it."""
 
     name: str
-    #: "pointer", "scratch", "T", "N", "size", "stride", "time_stride"
+    #: "pointer", "scratch", "T", "N", "size", "stride", "time_stride"; in `by_channel`, "lane_stride" of a group of tensors
     kind: str
     #: position of the tensor among those of the call
     tensor: int = 0
+    #: of a size or a stride; of the scratch memory of `by_channel`, how many values of a step it holds
     dim: int = 0
     #: worth a kernel compiled for multiples of 16 (of bytes, for a pointer), because accesses then are 128 bits wide
     aligned: bool = False
@@ -91,11 +92,11 @@ class Tensor:
         return Value.variable(name, self.dtype, block=self.block)
 
 
-def as_block(value: Value) -> str:
-    """The text of a value with one element a lane."""
+def as_block(value: Value, shape: str = "[BLOCK]") -> str:
+    """The text of a value with one element a lane, or of another shape."""
     if value.number is not None:
-        return f"tl.full([BLOCK], {value.text}, {TRITON_DTYPES[opmath(value.dtype)]})"
-    return value.text if value.block else f"tl.broadcast_to({value.text}, [BLOCK])"
+        return f"tl.full({shape}, {value.text}, {TRITON_DTYPES[opmath(value.dtype)]})"
+    return value.text if value.block else f"tl.broadcast_to({value.text}, {shape})"
 
 
 def lane_lines(layout: Layout) -> list[str]:

@@ -10,7 +10,7 @@ import importlib.util
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -38,7 +38,7 @@ class TritonTarget:
 
     def __init__(self) -> None:
         self._texts: dict[int, tuple[weakref.ref[Recurrence], dict[tuple[Direction, Layout], Kernel]]] = {}
-        self._functions: dict[str, _Function] = {}
+        self._functions: dict[str, Function] = {}
 
     def missing(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
@@ -60,12 +60,12 @@ class TritonTarget:
         kernels = known[1]
         if (direction, layout) not in kernels:
             text = generate(recurrence, direction, layout)
-            function = self._functions.setdefault(text.source, _Function(text))
+            function = self._functions.setdefault(text.source, Function(text))
             kernels[direction, layout] = _Launcher(text, function)
         return kernels[direction, layout]
 
 
-class _Function:
+class Function:
     """The compiled forms of one source: for operands aligned to 16, and for any."""
 
     def __init__(self, text: KernelText) -> None:
@@ -83,10 +83,20 @@ class _Function:
     def general(self) -> Any:
         return self._jit([a.name for a in self.text.arguments])
 
+    def for_values(self, values: Sequence[Tensor | int]) -> Any:
+        """The form for these arguments of the kernel."""
+        is_aligned = all(_is_aligned(v) for a, v in zip(self.text.arguments, values, strict=True) if a.aligned)
+        return self.aligned if is_aligned else self.general
+
     def _jit(self, unspecialized: list[str]) -> Any:
         import triton
 
         return triton.jit(self._python, do_not_specialize=unspecialized)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Launches go to this device's current stream."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -100,19 +110,20 @@ class Launch:
     constants: dict[str, Any]
     options: dict[str, Any]
 
+    def __call__(self) -> None:
+        self.function[(self.programs,)](*self.values, **self.constants, **self.options)
+
 
 class _Launcher:
     """Fills in the run-time arguments of a call."""
 
-    def __init__(self, text: KernelText, function: _Function) -> None:
+    def __init__(self, text: KernelText, function: Function) -> None:
         self.text, self.function = text, function
 
     def bind(self, tensors: Sequence[Tensor], placement: Placement, steps: int) -> BoundKernel:
         def call(tensors: Sequence[Tensor]) -> None:
-            device = tensors[0].device
-            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                call = self.prepare(tensors, placement, steps)
-                call.function[(call.programs,)](*call.values, **call.constants, **call.options)
+            with on_device(tensors[0].device):
+                self.prepare(tensors, placement, steps)()
 
         return call
 
@@ -130,9 +141,7 @@ class _Launcher:
             segments = -(-steps // segment)
         scratch = [torch.empty(max(segments - 1, 0) * n, dtype=d, device=device) for d in text.scratch]
         values = [_argument(a, tensors, scratch, placement, steps, n) for a in text.arguments]
-        aligned = all(_is_aligned(v) for a, v in zip(text.arguments, values, strict=True) if a.aligned)
-        function = self.function.aligned if aligned else self.function.general
-        return Launch(function, -(-n // block), values, constants, options)
+        return Launch(self.function.for_values(values), -(-n // block), values, constants, options)
 
 
 def _argument(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from snn_compile.lowering.triton.literals import TRITON_DTYPES
 from snn_compile.lowering.triton.memory import Argument
+from snn_compile.lowering.triton.names import comment
+from snn_compile.lowering.triton.values import ROUNDING
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class KernelText:
     source: str
     arguments: tuple[Argument, ...]
     #: dtypes of the tensors that are read or written lane by lane in every step
-    streamed: tuple[torch.dtype, ...]
+    streamed: tuple[torch.dtype, ...] = ()
     #: dtypes of the values a segment keeps in registers for every step; empty where there are no segments
     kept: tuple[torch.dtype, ...] = ()
 
@@ -35,6 +38,30 @@ class KernelText:
     @property
     def segmented(self) -> bool:
         return bool(self.kept)
+
+
+def module_text(
+    name: str, comments: Sequence[str], arguments: Sequence[Argument], constants: Sequence[str], body: Sequence[str]
+) -> KernelText:
+    """The module around the body of a kernel."""
+    text = "\n".join(body)
+    header = ["import triton", "import triton.language as tl"]
+    if mentions(text, "libdevice"):
+        header.append("from triton.language.extra import libdevice")
+    helpers = [_helper(d, n) for d, n in ROUNDING.items() if mentions(text, n)]
+    parameters = [str(a) for a in arguments] + [f"{c}: tl.constexpr" for c in constants]
+    signature = ["@triton.jit", f"def {name}(", *(f"    {p}," for p in parameters), "):"]
+    kernel = [*map(comment, comments), *signature, *(f"    {line}" if line else "" for line in body)]
+    parts = ["\n".join(header), *helpers, "\n".join(kernel)]
+    return KernelText(name, "\n\n\n".join(parts) + "\n", tuple(arguments))
+
+
+def _helper(dtype: torch.dtype, name: str) -> str:
+    return (
+        f"@triton.jit\ndef {name}(value):\n"
+        f'    """Rounded as eager rounds the result of every op."""\n'
+        f"    return value.to({TRITON_DTYPES[dtype]}).to(tl.float32)"
+    )
 
 
 def indent(lines: Iterable[str]) -> list[str]:

@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 import snn_compile
 from snn_compile import neuron
 from snn_compile.lowering import by_channel
+from tests.lowering.channel_layers import LAYERS, Layer, run
 from tests.passes.capture import Spike
 
 
@@ -33,73 +34,6 @@ def compiled(layer):
     return torch.compile(layer, backend="snn", fullgraph=True, options={"strict": True, "step_from": 2})
 
 
-class Layer(nn.Module):
-    """A neuron written out in `step`; the normalisation is a module, so that its running statistics are seen."""
-
-    def __init__(self, channels, affine=True, norms=1, dim=0):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(channels, affine=affine, momentum=0.3)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(norms))
-        self.dim = dim
-        if affine:
-            nn.init.normal_(self.norm.weight)
-            nn.init.normal_(self.norm.bias)
-
-    def step(self, v, x):
-        h = self.norm(v + (x - v) / 2.0)
-        s = Spike.apply(h - 0.5)
-        return s, h * (1.0 - s)
-
-    def forward(self, x, v):
-        out = []
-        for t in range(x.shape[0]):
-            s, v = self.step(v, x[t])
-            out.append(s)
-        return torch.stack(out, self.dim), v
-
-
-class Raw(Layer):
-    """The raw potential goes on, and the normalised one is a result."""
-
-    def step(self, v, x):
-        v = 0.9 * v + x
-        h = self.norm(v)
-        s = Spike.apply(h - 0.5)
-        return h + s, v - s.detach()
-
-
-class Two(Layer):
-    """Two batch norms in a step, one behind the other."""
-
-    def __init__(self, channels, **kwargs):
-        super().__init__(channels, norms=2, **kwargs)
-
-    def step(self, v, x):
-        h = self.norms[0](v * 0.5 + x)
-        s = Spike.apply(self.norms[1](h * h) - 0.2)
-        return s, h - s
-
-
-class Scaled(Layer):
-    """A decay a channel, learnable, in the step."""
-
-    def __init__(self, channels, **kwargs):
-        super().__init__(channels, **kwargs)
-        self.decay = nn.Parameter(torch.rand(channels, 1, 1))
-
-    def step(self, v, x):
-        h = self.norm(torch.sigmoid(self.decay) * v + x)
-        s = Spike.apply(h - 0.5)
-        return s, h - s
-
-
-LAYERS = {
-    "hard reset": Layer,
-    "no weights": lambda c: Layer(c, affine=False),
-    "raw potential carried": Raw,
-    "two norms": Two,
-    "time last": lambda c: Layer(c, dim=-1),
-}
 SHAPES = {
     "odd sizes": (5, 3, 7, 3, 5),
     "two steps": (2, 2, 3, 2, 2),
@@ -107,14 +41,6 @@ SHAPES = {
     "more rows than lanes": (3, 17, 2, 1, 2),
     "streamed": (9, 16, 8, 16, 16),
 }
-
-
-def run(layer, x, v, weights):
-    x, v = x.clone().requires_grad_(), v.clone().requires_grad_()
-    y, last = layer(x, v)
-    (y * weights[: y.numel()].view(y.shape)).sum().backward(retain_graph=True)
-    last.square().sum().backward()
-    return [y, last], [x.grad, v.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
 
 
 #: every layer in one shape, one layer in every shape

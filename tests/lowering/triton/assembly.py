@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from snn_compile.lowering.triton.heuristics import lanes_and_steps
+from snn_compile.lowering.triton.channel_kernel import channel_options
+from snn_compile.lowering.triton.heuristics import Tile, lanes_and_steps
 from snn_compile.lowering.triton.load import load_module
 from snn_compile.lowering.triton.target import compile_options
 from snn_compile.lowering.triton.text import KernelText
@@ -39,27 +40,42 @@ class Assembly:
 
 
 def compile_for(device: str, text: KernelText, *, aligned: bool = True, warps: int = 4) -> Assembly:
+    warp_size = DEVICES[device][2]
+    lanes, segment = lanes_and_steps(text.accessed, text.kept)
+    constants: dict[str, Any] = {"BLOCK": lanes * warps * warp_size}
+    if text.segmented:
+        constants["SEGMENT"] = segment
+    return _compile(device, text, constants, {"num_warps": warps, **compile_options(hip=_is_hip(device))}, aligned)
+
+
+def compile_channels(device: str, text: KernelText, tile: Tile, channels: int, *, aligned: bool = True) -> Assembly:
+    """A kernel of `lowering/triton/by_channel.py`."""
+    constants = {"BLOCK": tile.block, "CHANNELS": channels}
+    return _compile(device, text, constants, channel_options(tile, hip=_is_hip(device)), aligned)
+
+
+def _is_hip(device: str) -> bool:
+    return DEVICES[device][0] == "hip"
+
+
+def _compile(device: str, text: KernelText, constants: dict[str, Any], options: dict[str, Any], aligned: bool) -> Assembly:
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    target = GPUTarget(*DEVICES[device])
     function = getattr(load_module(text.source), text.name)
     signature: dict[str, str] = {}
     for argument in text.arguments:
         int_type = "i64" if argument.kind in ("N", "stride", "time_stride") else "i32"
         signature[argument.name] = TYPES[argument.dtype] if argument.dtype is not None else int_type
-    lanes, segment = lanes_and_steps(text.accessed, text.kept)
-    constants: dict[str, Any] = {"BLOCK": lanes * warps * target.warp_size, "INDEX": tl.int32}
-    if text.segmented:
-        constants["SEGMENT"] = segment
+    constants = {**constants, "INDEX": tl.int32}
     signature |= dict.fromkeys(constants, "constexpr")
     divisible = [["tt.divisibility", 16]]
     attributes = {(i,): divisible for i, a in enumerate(text.arguments) if aligned and a.aligned}
-    options = {"num_warps": warps, **compile_options(hip=target.backend == "hip")}
-    compiled = triton.compile(ASTSource(function, signature, constants, attributes), target=target, options=options)
-    return _read_cuda(compiled) if target.backend == "cuda" else _read_hip(compiled)
+    source = ASTSource(function, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget(*DEVICES[device]), options=options)
+    return _read_hip(compiled) if _is_hip(device) else _read_cuda(compiled)
 
 
 def _read_cuda(compiled: Any) -> Assembly:

@@ -7,6 +7,8 @@ import torch
 
 from snn_compile.lowering.launch import run_forward
 from snn_compile.lowering.triton.target import TritonTarget
+from tests.lowering.channel_layers import LAYERS
+from tests.lowering.triton import channel_checks
 from tests.lowering.triton.cases import CASES, recurrence
 from tests.lowering.triton.checks import check
 
@@ -53,3 +55,22 @@ def test_more_lanes_than_32_bits_count():
     x = torch.randn((1, (1 << 31) + 8), device="cuda", dtype=torch.bfloat16)
     (y, final) = run_forward(rec, TritonTarget(), [torch.ones_like(x[0]), x], 1)
     assert torch.equal(y[0], x[0] + 0.5) and torch.equal(final, y[0])
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_channel_kernels(layer, tiled):
+    channel_checks.check(layer, "odd sizes", tiled=tiled, device="cuda", calls=2)
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "strided", "unaligned"])
+@pytest.mark.parametrize("size", channel_checks.SHAPES)
+def test_channel_kernels_of_every_size(size, layout, tiled):
+    channel_checks.check("hard reset", size, layout, tiled, "cuda")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("shape", [(8, 32, 128, 16, 16), (4, 64, 132, 32, 32), (16, 256, 512)], ids=str)
+def test_channel_kernels_of_the_sizes_in_papers(shape, layout):
+    channel_checks.check_statistics(shape, layout, "cuda")
