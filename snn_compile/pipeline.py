@@ -29,9 +29,8 @@ from snn_compile.lowering.lower_loops import lower_loop, make_recurrence, make_s
 from snn_compile.lowering.register_stepped import register_stepped
 from snn_compile.lowering.registration import register
 from snn_compile.passes.batch_time import batch_time
-from snn_compile.passes.carry_statistics import carry_statistics, updates_statistics
-from snn_compile.passes.channels_last import channels_last
 from snn_compile.passes.carry_statistics import carry_statistics, separate_saved_statistics, updates_statistics
+from snn_compile.passes.channels_last import channels_last
 from snn_compile.passes.chunk_time import chunk_length, chunk_time
 from snn_compile.passes.classify import OpInfo, classify
 from snn_compile.passes.convolutions_at_one_position import is_at_one_position, replace_convolutions_at_one_position
