@@ -255,11 +255,12 @@ def _recompute_normalised(joint: fx.GraphModule) -> None:
             with joint.graph.inserting_before(y):
                 mean, invstd = (_call(joint.graph, operator.getitem, node, i) for i in (1, 2))
                 scale = invstd if weight is None else _call(joint.graph, aten.mul.Tensor, invstd, weight)
-                shift = _call(joint.graph, aten.mul.Tensor, mean, scale)
+                # (the bits of the forward: a spike that came out another way would have another gradient)
+                minus = _call(joint.graph, aten.neg.default, mean)
                 shift = (
-                    _call(joint.graph, aten.neg.default, shift)
+                    _call(joint.graph, aten.mul.Tensor, minus, scale)
                     if bias is None
-                    else _call(joint.graph, aten.sub.Tensor, bias, shift)
+                    else _call(joint.graph, aten.addcmul.default, bias, minus, scale)
                 )
                 space = [1] * (h.meta["val"].dim() - 2)
                 if space:

@@ -312,10 +312,13 @@ def _runs_by_channel(nodes: list[fx.Node], infos: dict[fx.Node, OpInfo]) -> bool
 def _normalises_for(group: Group, neuron: Group) -> bool:
     """Whether `group` is a batch norm that one kernel runs with the neuron behind it, channel by channel: all that the neuron
     reads and makes is as the batch norm's values, or one number a channel that wants no gradient."""
-    norms = [n for n in group.nodes if updates_statistics(n)]
-    if len(group.nodes) != 1 or len(norms) != 1 or not suits_channels(example(norms[0].args[0])):
+    norm, value = group.nodes[0], example(group.nodes[0].args[0]) if group.nodes[0].args else None
+    if len(group.nodes) != 1 or not updates_statistics(norm) or not isinstance(value, torch.Tensor):
         return False
-    whole = example(norms[0])
+    if value.device.type != "cpu" or not suits_channels(value):  # (on a GPU, nobody has measured it)
+        return False
+    whole = example(norm)
+    assert isinstance(whole, torch.Tensor)
     channel = {(), (whole.shape[1], *(1,) * (whole.dim() - 2)), (1, whole.shape[1], *(1,) * (whole.dim() - 2))}
 
     def fits(value: object, is_read: bool) -> bool:
@@ -326,7 +329,8 @@ def _normalises_for(group: Group, neuron: Group) -> bool:
         return is_read and tuple(value.shape) in channel and value.dtype == torch.float32 and not value.requires_grad
 
     made = set(neuron.nodes)
-    read = {n for node in neuron.nodes for n in node.all_input_nodes if n not in made and n is not norms[0]}
+    ops = [n for n in neuron.nodes if not updates_statistics(n)]  # (a batch norm that has joined before reads its own weights)
+    read = {n for node in ops for n in node.all_input_nodes if n not in made and n is not norm}
     return all(fits(example(n), False) for n in made) and all(fits(example(n), True) for n in read)
 
 
