@@ -19,6 +19,7 @@ from snn_compile.ir.stepped import SteppedRecurrence
 from snn_compile.ir.values import example, is_getitem, known_int, shape_hint, shape_key
 from snn_compile.lowering import ops
 from snn_compile.lowering.registration import NAMESPACE
+from snn_compile.passes.emit import emit
 from snn_compile.passes.hoist_creations import inline_creations, number_of
 from snn_compile.passes.trace_step import StepInterpreter, trace_step
 from snn_compile.passes.trace_stepped import trace_stepped
@@ -26,6 +27,7 @@ from snn_compile.passes.trace_stepped import trace_stepped
 
 def make_recurrence(call: fx.Node, loop: Loop, grad_enabled: bool) -> Recurrence:
     """Trace and differentiate the loop's body; raises `Reject` where it cannot be a kernel."""
+    move_numbers(call)
     _check_dtypes(call, loop)
     _inline_constants(call, loop)
     _drop_reshapes(loop)
@@ -49,6 +51,7 @@ def make_recurrence(call: fx.Node, loop: Loop, grad_enabled: bool) -> Recurrence
 
 def make_stepped(call: fx.Node, loop: Loop, grad_enabled: bool, is_by_channel: bool = False) -> SteppedRecurrence:
     """Trace and differentiate the loop's body as a program of kernels and calls; raises `Reject` where that cannot be."""
+    move_numbers(call)
     _check_dtypes(call, loop)
     examples = [_of_one_step(a, i, loop) for i, a in enumerate(call.args)]
     if is_by_channel:
@@ -215,6 +218,18 @@ def _lanes(call: fx.Node, loop: Loop) -> tuple[int, ...]:
         if isinstance(value, torch.Tensor) and shape_hint(value) != shape:
             raise Reject(f"'{node.name}' has shape {shape_hint(value)} in a loop over {shape}", location=loop.location)
     return shape
+
+
+def move_numbers(call: fx.Node) -> None:
+    """A 0-d tensor on CPU, which eager lets meet tensors on a GPU (Norse's parameters), goes there once, before the loop."""
+    tensors = [(i, v) for i, v in enumerate(map(example, call.args)) if isinstance(v, torch.Tensor)]
+    elsewhere = {v.device for _, v in tensors if v.device.type != "cpu"}
+    if len(elsewhere) != 1:
+        return
+    with call.graph.inserting_before(call):
+        for i, value in tensors:
+            if value.dim() == 0 and value.device.type == "cpu":
+                call.update_arg(i, emit(call.graph, "call_method", "to", (call.args[i], next(iter(elsewhere))), {}))
 
 
 def _device(call: fx.Node, loop: Loop) -> torch.device:
