@@ -18,7 +18,7 @@ from snn_compile.ir.recurrence import Carry, Const, Output, Recurrence, TimeSeri
 from snn_compile.ir.stepped import SteppedRecurrence
 from snn_compile.ir.values import example, is_getitem, known_int, shape_hint, shape_key
 from snn_compile.lowering import ops
-from snn_compile.lowering.registration import NAMESPACE
+from snn_compile.lowering.registration import is_kernel
 from snn_compile.passes.emit import emit
 from snn_compile.passes.hoist_creations import inline_creations, number_of
 from snn_compile.passes.trace_step import StepInterpreter, trace_step
@@ -143,7 +143,7 @@ def _detached(graph: fx.Graph, operand: object) -> object:
 def _is_result_of_a_recurrence(node: fx.Node) -> bool:
     """It may want a gradient where eager's does not: what needs one may come too late in the loop to reach it."""
     source = node.args[0] if is_getitem(node) else node
-    return isinstance(source, fx.Node) and getattr(source.target, "namespace", "") == NAMESPACE
+    return isinstance(source, fx.Node) and is_kernel(source)
 
 
 def _inline_constants(call: fx.Node, loop: Loop) -> None:

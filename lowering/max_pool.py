@@ -8,8 +8,9 @@ channels-last values: 19 ms where ATen takes 4 (``[256, 16, 32, 32]``, fp32, win
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, fx
 
 from snn_compile.lowering.registration import NAMESPACE, define_once, define_op, library
 
@@ -17,18 +18,17 @@ _ARGUMENTS = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation
 
 
 def max_pool2d(
-    x: Tensor,
+    x: Any,
     kernel_size: int | tuple[int, int],
     stride: int | tuple[int, int] | None = None,
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
-) -> fx.Proxy | Tensor:
+) -> Any:
     """`torch.nn.functional.max_pool2d`, without indices. Run on proxies, too."""
     pairs = [v if isinstance(v, (tuple, list)) else (v, v) for v in (kernel_size, stride or kernel_size, padding, dilation)]
-    result: Tensor = _op()(x, *map(list, pairs), ceil_mode)[0]
-    return result
+    return _op()(x, *map(list, pairs), ceil_mode)[0]
 
 
 def _op() -> torch._ops.OpOverload:

@@ -111,6 +111,11 @@ def _define(name: str, recurrence: Recurrence, target_for: TargetFor) -> None:
     _register_autograd(name, recurrence)
 
 
+def is_kernel(node: fx.Node) -> bool:
+    """Whether a node of a torch-level graph calls an op of ours."""
+    return getattr(node.target, "namespace", "") == NAMESPACE
+
+
 def define_op(name: str, schema: str, run: Callable, fake: Callable) -> None:  # type: ignore[type-arg]
     tags = [torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides]
     library.define(name + schema, tags=tags)

@@ -13,14 +13,13 @@ Does not fire: on other devices, where no kernel of ours reads a convolution, on
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
 from snn_compile.ir.values import example, is_getitem, known_int
-from snn_compile.lowering.max_pool import max_pool2d
-from snn_compile.lowering.registration import NAMESPACE
 from snn_compile.passes.emit import emit, emit_function
 
 CONVOLUTIONS = {torch.conv2d, F.conv2d}
@@ -41,15 +40,19 @@ _KEEPS_LAYOUT = {
 _POINTWISE = {torch.add, torch.mul, operator.add, operator.mul}
 
 
-def channels_last(graph: fx.Graph) -> int:
-    """Give convolutions channels-last inputs; returns how many."""
+#: Whether a node is a kernel of ours.
+IsKernel = Callable[[fx.Node], bool]
+
+
+def channels_last(graph: fx.Graph, is_kernel: IsKernel, max_pool2d: Callable[..., fx.Proxy]) -> int:
+    """Give convolutions channels-last inputs; returns how many. `max_pool2d`: what pools values that are differentiated."""
     if not _inductor_prefers_it():
         return 0
-    chosen = [n for n in graph.nodes if _is_convolution(n) and _reaches_kernel(n)]
-    inside = _inside(graph, {_make_channels_last(graph, node) for node in chosen})
+    chosen = [n for n in graph.nodes if _is_convolution(n) and _reaches_kernel(n, is_kernel)]
+    inside = _inside(graph, {_make_channels_last(graph, node) for node in chosen}, is_kernel)
     _restore_at_exits(graph, inside)
     for node in inside:
-        _pool_as_aten(graph, node)
+        _pool_by(max_pool2d, graph, node)
     return len(chosen)
 
 
@@ -73,34 +76,30 @@ def _is_convolution(node: fx.Node) -> bool:
     return y.is_contiguous() and y[0].numel() > y.shape[1] > 1
 
 
-def _reaches_kernel(node: fx.Node) -> bool:
+def _reaches_kernel(node: fx.Node, is_kernel: IsKernel) -> bool:
     """A kernel reads the value, or what ops that keep its layout make of it."""
     seen, frontier = {node}, [node]
     while frontier:
         for user in frontier.pop().users:
-            if _is_kernel(user):
+            if is_kernel(user):
                 return True
-            if user not in seen and _keeps_layout(user) and user.target not in CONVOLUTIONS:
+            if user not in seen and _keeps_layout(user, is_kernel) and user.target not in CONVOLUTIONS:
                 seen.add(user)
                 frontier.append(user)
     return False
 
 
-def _is_kernel(node: fx.Node) -> bool:
-    return getattr(node.target, "namespace", "") == NAMESPACE
-
-
-def _keeps_layout(node: fx.Node) -> bool:
+def _keeps_layout(node: fx.Node, is_kernel: IsKernel) -> bool:
     if node.op == "call_method":
         return (node.target, node.args[1:2]) == ("unflatten", (0,)) or (node.target, node.args[1:]) == ("flatten", (0, 1))
     if node.op != "call_function":
         return False
     if is_getitem(node):
-        return isinstance(node.args[0], fx.Node) and _is_kernel(node.args[0])
+        return isinstance(node.args[0], fx.Node) and is_kernel(node.args[0])
     shapes = [v.shape for v in map(example, node.all_input_nodes) if isinstance(v, Tensor)]
     if node.target in _POINTWISE:
         return all(s == shapes[0] for s in shapes)
-    return _is_kernel(node) or node.target in _KEEPS_LAYOUT
+    return is_kernel(node) or node.target in _KEEPS_LAYOUT
 
 
 def _make_channels_last(graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -118,11 +117,11 @@ def _make_channels_last(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return new
 
 
-def _inside(graph: fx.Graph, starts: set[fx.Node]) -> dict[fx.Node, None]:
+def _inside(graph: fx.Graph, starts: set[fx.Node], is_kernel: IsKernel) -> dict[fx.Node, None]:
     """Convolutions' results, and what follows them channels-last, in order."""
     inside: dict[fx.Node, None] = {}
     for node in graph.nodes:
-        if node in starts or (_keeps_layout(node) and any(a in inside for a in node.all_input_nodes)):
+        if node in starts or (_keeps_layout(node, is_kernel) and any(a in inside for a in node.all_input_nodes)):
             inside[node] = None
     return inside
 
@@ -140,7 +139,7 @@ def _restore_at_exits(graph: fx.Graph, inside: dict[fx.Node, None]) -> None:
             user.replace_input_with(node, restored)
 
 
-def _pool_as_aten(graph: fx.Graph, node: fx.Node) -> None:
+def _pool_by(max_pool2d: Callable[..., fx.Proxy], graph: fx.Graph, node: fx.Node) -> None:
     value = example(node)
     if node.target not in (F.max_pool2d, torch.max_pool2d) or not isinstance(value, Tensor) or not value.requires_grad:
         return

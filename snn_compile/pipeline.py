@@ -26,8 +26,9 @@ from snn_compile.lowering.by_channel import suits_channels
 from snn_compile.lowering.kernel_texts import kernel_texts, stepped_texts
 from snn_compile.lowering.launch import Direction
 from snn_compile.lowering.lower_loops import lower_loop, make_recurrence, make_stepped
+from snn_compile.lowering.max_pool import max_pool2d
 from snn_compile.lowering.register_stepped import register_stepped
-from snn_compile.lowering.registration import register
+from snn_compile.lowering.registration import is_kernel, register
 from snn_compile.passes.batch_time import batch_time
 from snn_compile.passes.carry_statistics import carry_statistics, separate_saved_statistics, updates_statistics
 from snn_compile.passes.channels_last import channels_last
@@ -202,7 +203,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     for call, loop in _calls(work):
         unroll(work, call, loop)
     restore_writes(work)
-    counters["snn_compile"]["convolutions_channels_last"] += channels_last(work.graph)
+    counters["snn_compile"]["convolutions_channels_last"] += channels_last(work.graph, is_kernel, max_pool2d)
     separate_saved_statistics(work)
     _finish(work)
     dump(work, "6_unroll")
