@@ -7,7 +7,8 @@ such as a kernel of ours, and all that autograd saves. Here the values between c
 eager's layout again. Nothing but layout changes. Max pooling between them is ATen's where it is differentiated
 (`lowering/max_pool`).
 
-Does not fire: on other devices, where no kernel of ours reads a convolution, on values that are channels-last in eager.
+Does not fire: on other devices, where no kernel of ours reads a convolution, on values that are channels-last in eager, where a
+pointwise kernel reads one number a channel (fixed batch norm): its rows would be as short as there are channels.
 """
 
 from __future__ import annotations
@@ -81,12 +82,18 @@ def _reaches_kernel(node: fx.Node, is_kernel: IsKernel) -> bool:
     seen, frontier = {node}, [node]
     while frontier:
         for user in frontier.pop().users:
-            if is_kernel(user):
+            if is_kernel(user) and not _reads_rows_of_channels(user):
                 return True
             if user not in seen and _keeps_layout(user, is_kernel) and user.target not in CONVOLUTIONS:
                 seen.add(user)
                 frontier.append(user)
     return False
+
+
+def _reads_rows_of_channels(kernel: fx.Node) -> bool:
+    """A pointwise kernel that reads one number a channel: channels-last, its rows would be as short as there are channels."""
+    shapes = [v.shape for v in map(example, kernel.args) if isinstance(v, Tensor)]
+    return any(len(s) > 2 and s[-1] == 1 and max(s) > 1 for s in shapes)
 
 
 def _keeps_layout(node: fx.Node, is_kernel: IsKernel) -> bool:

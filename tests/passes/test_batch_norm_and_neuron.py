@@ -172,7 +172,9 @@ def test_inference(small):
     x = torch.randn(5, 3, 2, 8, 8)
     with torch.no_grad():
         expected, found = model(x), torch.compile(copy.deepcopy(model), backend="snn")(x)
-    assert counters["snn_compile"]["recurrences_lowered"] == 1 and counters["snn_compile"]["convolutions_channels_last"] == 1
+    assert counters["snn_compile"]["recurrences_lowered"] == 1
+    # (one number a channel would cut its rows into pieces)
+    assert counters["snn_compile"]["convolutions_channels_last"] == 0
     for a, b in zip(expected, found, strict=True):
         torch.testing.assert_close(b, a)
         assert a.stride() == b.stride()
