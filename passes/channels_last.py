@@ -141,7 +141,8 @@ def _inside(graph: fx.Graph, starts: set[fx.Node], is_kernel: IsKernel) -> dict[
 def _is_written(graph: fx.Graph, nodes: Iterable[fx.Node]) -> bool:
     """A write would go into the value that one op reads, and not into the copy that another one does."""
     written = {storage_key(n.args[0]) for n in graph.nodes if is_write(n) and n.args and isinstance(n.args[0], fx.Node)}
-    return any(storage_key(n) in written for n in nodes if storage_key(n) is not None)
+    values = [(n, example(n)) for n in nodes]
+    return any(isinstance(v, Tensor) and v.dim() >= 4 and storage_key(n) in written for n, v in values)
 
 
 def _restore_at_exits(graph: fx.Graph, inside: dict[fx.Node, None]) -> None:
