@@ -28,6 +28,15 @@ def updates_statistics(node: fx.Node) -> bool:
     return node.target is F.batch_norm and arguments(node)["training"] is True and arguments(node)["running_mean"] is not None
 
 
+def may_carry_statistics(node: fx.Node) -> bool:
+    """A batch norm that `carry_statistics` takes: each step updates its running statistics once, by a momentum."""
+    if not updates_statistics(node):
+        return False
+    given = arguments(node)
+    running = [given["running_mean"], given["running_var"]]
+    return given["momentum"] is not None and all(isinstance(r, fx.Node) and len(r.users) == 1 for r in running)
+
+
 def carry_statistics(gm: fx.GraphModule, call: fx.Node, loop: Loop) -> None:
     """Rewrite `loop` and its call in place."""
     for node in [n for n in loop.body.graph.nodes if updates_statistics(n)]:

@@ -7,21 +7,24 @@ such as a kernel of ours, and all that autograd saves. Here the values between c
 eager's layout again. Nothing but layout changes. Max pooling between them is ATen's where it is differentiated
 (`lowering/max_pool`).
 
-Does not fire: on other devices, where no kernel of ours reads a convolution, on values that are channels-last in eager, where a
-pointwise kernel reads one number a channel (fixed batch norm): its rows would be as short as there are channels.
+Does not fire: on other devices, where no kernel of ours reads a convolution, on values that are channels-last in eager or that
+are written into, where a pointwise kernel reads one number a channel (fixed batch norm): its rows would be as short as there are
+channels.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
 from snn_compile.ir.values import example, is_getitem, known_int
+from snn_compile.passes.classify import storage_key
 from snn_compile.passes.emit import emit, emit_function
+from snn_compile.passes.functionalize import is_write
 
 CONVOLUTIONS = {torch.conv2d, F.conv2d}
 #: Give a result in the layout of their first operand.
@@ -50,6 +53,8 @@ def channels_last(graph: fx.Graph, is_kernel: IsKernel, max_pool2d: Callable[...
     if not _inductor_prefers_it():
         return 0
     chosen = [n for n in graph.nodes if _is_convolution(n) and _reaches_kernel(n, is_kernel)]
+    if _is_written(graph, _inside(graph, set(chosen), is_kernel)):
+        return 0
     inside = _inside(graph, {_make_channels_last(graph, node) for node in chosen}, is_kernel)
     _restore_at_exits(graph, inside)
     for node in inside:
@@ -131,6 +136,13 @@ def _inside(graph: fx.Graph, starts: set[fx.Node], is_kernel: IsKernel) -> dict[
         if node in starts or (_keeps_layout(node, is_kernel) and any(a in inside for a in node.all_input_nodes)):
             inside[node] = None
     return inside
+
+
+def _is_written(graph: fx.Graph, nodes: Iterable[fx.Node]) -> bool:
+    """A write would go into the value that one op reads, and not into the copy that another one does."""
+    written = {storage_key(n.args[0]) for n in graph.nodes if is_write(n) and n.args and isinstance(n.args[0], fx.Node)}
+    values = [(n, example(n)) for n in nodes]
+    return any(isinstance(v, Tensor) and v.dim() >= 4 and storage_key(n) in written for n, v in values)
 
 
 def _restore_at_exits(graph: fx.Graph, inside: dict[fx.Node, None]) -> None:

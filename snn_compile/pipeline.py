@@ -30,7 +30,12 @@ from snn_compile.lowering.max_pool import max_pool2d
 from snn_compile.lowering.register_stepped import register_stepped
 from snn_compile.lowering.registration import is_kernel, register
 from snn_compile.passes.batch_time import batch_time
-from snn_compile.passes.carry_statistics import carry_statistics, separate_saved_statistics, updates_statistics
+from snn_compile.passes.carry_statistics import (
+    carry_statistics,
+    may_carry_statistics,
+    separate_saved_statistics,
+    updates_statistics,
+)
 from snn_compile.passes.channels_last import channels_last
 from snn_compile.passes.chunk_time import chunk_length, chunk_time
 from snn_compile.passes.classify import OpInfo, classify
@@ -314,7 +319,7 @@ def _normalises_for(group: Group, neuron: Group) -> bool:
     """Whether `group` is a batch norm that one kernel runs with the neuron behind it, channel by channel: all that the neuron
     reads and makes is as the batch norm's values, or one number a channel that wants no gradient."""
     norm, value = group.nodes[0], example(group.nodes[0].args[0]) if group.nodes[0].args else None
-    if len(group.nodes) != 1 or not updates_statistics(norm) or not isinstance(value, torch.Tensor):
+    if len(group.nodes) != 1 or not may_carry_statistics(norm) or not isinstance(value, torch.Tensor):
         return False
     if value.device.type != "cpu" or not suits_channels(value):  # (on a GPU, nobody has measured it)
         return False

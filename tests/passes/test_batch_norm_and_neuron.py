@@ -156,6 +156,45 @@ def test_dense_layers(small):
     assert counted["recurrences_stepped"] == 1 and counted["convolutions_channels_last"] == 0
 
 
+class Shared(Layer):
+    """One batch norm, twice a step."""
+
+    def current(self, x):
+        return self.norm(self.conv(x)) + self.norm(self.other(x))
+
+
+def test_statistics_that_no_state_can_hold(small):
+    x = torch.randn(5, 3, 2, 8, 8)
+    eager = Shared()
+    ours = copy.deepcopy(eager)
+    for a, b in zip(eager(x), torch.compile(ours, backend="snn")(x), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+    assert counters["snn_compile"]["recurrences_stepped"] == 0 and counters["snn_compile"]["recurrences_lowered"] == 1
+    for a, b in zip(eager.buffers(), ours.buffers(), strict=True):
+        torch.testing.assert_close(b, a)
+
+
+@pytest.mark.parametrize("through_a_view", (False, True))
+def test_a_value_that_is_written_into_keeps_its_layout(fresh, through_a_view):
+    class Written(Bare):
+        def forward(self, x):
+            y = self.conv(x.flatten(0, 1))
+            current = y.unflatten(0, x.shape[:2])
+            out, v = [], torch.zeros(())
+            for t in range(x.shape[0]):
+                s, v = self.neuron(v, current[t])
+                out.append(s)
+            (y.view(-1) if through_a_view else y).mul_(2.0)
+            return torch.stack(out) + current, v
+
+    model, x = Written(), torch.randn(5, 3, 2, 8, 8)
+    with torch.no_grad():
+        expected, found = model(x), torch.compile(copy.deepcopy(model), backend="snn")(x)
+    assert counters["snn_compile"]["recurrences_lowered"] == 1 and counters["snn_compile"]["convolutions_channels_last"] == 0
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(b, a)
+
+
 @pytest.mark.parametrize("make", (ReadTwice, Learnable))
 def test_near_misses_stay_apart(small, make):
     counted = compare(make(), torch.randn(5, 3, 2, 8, 8))
