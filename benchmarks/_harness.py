@@ -24,7 +24,7 @@ T = TypeVar("T")
 #: who must run for a row to say anything; of the others, those that are not installed or fail leave empty cells
 REQUIRED = ("eager", "snn")
 #: of a row; after `SECONDS`, no more than the fewest, which is enough for a median with a spread
-ROUNDS, FEWEST_ROUNDS, SECONDS = {"cpu": 7, "cuda": 25}, 3, 10.0
+ROUNDS, FEWEST_ROUNDS, SECONDS = {"cpu": 7, "cuda": 25}, 3, 6.0
 #: seconds of a call from which on what the last one left in the caches is nothing
 LONG = 1.0
 
