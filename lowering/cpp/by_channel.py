@@ -170,18 +170,12 @@ class _Writer:
 
     def define(self, name: str, value: str) -> str:
         """A value of the channel, and what it is called from now on."""
-        name = self.names.unique(name)
-        if not self.is_channels_last:
-            self.line(f"const float {name} = {value};")
-            return name
-        self.line(f"float {name}[inner];")
-        self.each_channel(f"{name}[i] = {value};")
-        return f"{name}[i]"
+        return self.variable(self.names.unique(name), value, "const ")
 
-    def variable(self, name: str, value: str) -> str:
-        """As `define`, of what changes."""
+    def variable(self, name: str, value: str, const: str = "") -> str:
+        """As `define`, of what changes, by a name of its own."""
         if not self.is_channels_last:
-            self.line(f"float {name} = {value};")
+            self.line(f"{const}float {name} = {value};")
             return name
         self.line(f"float {name}[inner];")
         self.each_channel(f"{name}[i] = {value};")

@@ -321,13 +321,13 @@ def loop_00_backward(
         t = T - 1 - i
         kept = tl.load(kept_ptr + t * kept_stride_t + channel * kept_stride_c, mask=exists)
         kept_1 = tl.load(kept_1_ptr + t * kept_1_stride_t + channel * kept_1_stride_c, mask=exists)
-        neg = kept * kept_1 * -1.0
+        mul = kept * -1.0 * kept_1
         x = tl.load(x_ptr + t * x_stride_t + lanes, mask=inside)
         v_first = tl.load(v_ptr + lanes, mask=inside & (t == 0))
         v = tl.load(v_after_ptr + (t - 1) * v_after_stride_t + lanes, mask=inside & (t > 0), other=v_first)
         add = v + (x - v) * 0.5
         grad_s = tl.load(grad_s_ptr + t * grad_s_stride_t + lanes, mask=inside)
-        addcmul = tl.fma(add, kept_1, neg)
+        addcmul = tl.fma(add, kept_1, mul)
         arg = addcmul - 0.5
         s = (arg >= 0.0).to(tl.float32)
         add_1 = tl.abs(arg) + 1.0
