@@ -104,6 +104,16 @@ def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def step_cells(made: Contest, times: Mapping[str, list[float]], framework: str, digits: int) -> dict[str, str]:
+    """The first call, a step and its spread, and how it compares with eager's."""
+    milliseconds = {"step_ms": statistics.median, "min_ms": min, "max_ms": max}
+    return {
+        "first_call_s": f"{made.first[framework]:.1f}",
+        **{name: f"{of(times[framework]) * 1e3:.{digits}f}" for name, of in milliseconds.items()},
+        "speed_vs_eager": f"{statistics.median(times['eager']) / statistics.median(times[framework]):.1f}",
+    }
+
+
 def summary(times: list[float]) -> dict[str, str]:
     """Median, minimum and maximum in milliseconds."""
     found = {"median_ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times)}

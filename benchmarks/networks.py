@@ -162,15 +162,10 @@ def measure(name: str, network: Network, device: torch.device) -> list[dict[str,
         require_in_double(name, network, device)
     contest = h.contest(makers, device, network.limits, name)
     times = h.interleaved(contest.steps, device)
-    median = h.medians(times)
 
     def values(framework: str) -> dict[str, str]:
         return {
-            "first_call_s": f"{contest.first[framework]:.1f}",
-            "step_ms": f"{median[framework] * 1e3:.2f}",
-            "min_ms": f"{min(times[framework]) * 1e3:.2f}",
-            "max_ms": f"{max(times[framework]) * 1e3:.2f}",
-            "speed_vs_eager": f"{median['eager'] / median[framework]:.1f}",
+            **h.step_cells(contest, times, framework, digits=2),
             "equal_outputs": f"{contest.agreement[framework].equal:.3f}",
             "output_error": f"{contest.agreement[framework].output:.0e}",
             "input": str(list(x.shape)),

@@ -95,15 +95,10 @@ def measure(name: str, case: Case, device: torch.device) -> list[dict[str, str]]
     }
     contest = h.contest(makers, device, LIMITS, name)
     times = h.interleaved(contest.steps, device)
-    median = h.medians(times)
 
     def values(framework: str) -> dict[str, str]:
         return {
-            "first_call_s": f"{contest.first[framework]:.1f}",
-            "step_ms": f"{median[framework] * 1e3:.1f}",
-            "min_ms": f"{min(times[framework]) * 1e3:.1f}",
-            "max_ms": f"{max(times[framework]) * 1e3:.1f}",
-            "speed_vs_eager": f"{median['eager'] / median[framework]:.1f}",
+            **h.step_cells(contest, times, framework, digits=1),
             "spikes_per_step": f"{contest.agreement[framework].mean:.3f}",
             "equal_outputs": f"{contest.agreement[framework].equal:.4f}",
             "gradient_error": f"{contest.agreement[framework].gradient:.0e}",

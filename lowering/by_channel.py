@@ -76,24 +76,22 @@ def step_shape(r: SteppedRecurrence) -> torch.Size:
     return whole_shape(torch.Size(shape) for shape, _ in r.results)
 
 
-def may_be_channels_last(r: SteppedRecurrence) -> bool:
-    """Whether the layout of results follows that of inputs (`runs_channels_last`)."""
-    return is_by_channel(r.forward) and any(len(shape) > 1 for shape, _ in r.results)
-
-
 def runs_channels_last(r: SteppedRecurrence, xs: Sequence[Tensor | None], kept: Sequence[Tensor] = ()) -> bool:
     """Whether the channels of whole results lie together: those of the first series do that is whole, or those that eager's batch
     norms see, which add up in another order then.
 
     `kept`: series that the forward made, in that layout.
     """
-    if not may_be_channels_last(r):
+    shape = r.meta.get("whole", False)
+    if shape is False:  # (asked in every call)
+        may_be = is_by_channel(r.forward) and any(len(shape) > 1 for shape, _ in r.results)
+        shape = r.meta["whole"] = step_shape(r) if may_be else None
+    if shape is None:
         return False
-    shape = step_shape(r)
-    series = [x for x in (*xs, *kept) if x is not None and x.shape[1:] == shape and x.shape[0]]
-    if not series or series[0].device.type != "cpu":
+    series = next((x for x in (*xs, *kept) if x is not None and x.shape[1:] == shape and x.shape[0]), None)
+    if series is None or series.device.type != "cpu":
         return False
-    return is_channels_last(series[0][0]) or normalises_channels_last(r)
+    return is_channels_last(series[0]) or normalises_channels_last(r)
 
 
 def normalises_channels_last(r: SteppedRecurrence) -> bool:
@@ -113,7 +111,7 @@ def empty_result(
 ) -> Tensor:
     """Memory for a result, of one step or of all of them; a whole one in the layout of whole values."""
     is_whole = channels_last and tuple(shape[timed:]) == step_shape(r)
-    return empty_arranged(shape, torch.empty(0, dtype=dtype, device=device), is_whole, timed)
+    return empty_arranged(shape, dtype, device, is_whole, timed)
 
 
 def suits_channels(value: Tensor) -> bool:

@@ -55,6 +55,12 @@ def whole_shape(shapes: Iterable[torch.Size]) -> torch.Size:
     return max(whole, key=lambda s: (len(s), s.numel()))
 
 
+def channel_shapes(whole: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Those in which one value a channel stretches over values ``[N, C, *space]``."""
+    c, ones = whole[1], (1,) * (len(whole) - 2)
+    return (c, *ones), (1, c, *ones)
+
+
 class Shapes:
     """Which slots of a program are whole values and which are a channel's; `values`: an example of each slot.
 
@@ -77,9 +83,8 @@ class Shapes:
 
     def is_channel(self, slot: int, broadcasts: bool = False) -> bool:
         """One value a channel; `broadcasts`: in a shape that stretches over whole values."""
-        shape, ones = tuple(self.tensor(slot).shape), (1,) * (len(self.whole) - 2)
-        c = self.whole[1]
-        return shape in ((c, *ones), (1, c, *ones)) or (not broadcasts and shape == (c,))
+        shape = tuple(self.tensor(slot).shape)
+        return shape in channel_shapes(self.whole) or (not broadcasts and shape == (self.whole[1],))
 
     def of_region(self, unit: Region) -> bool:
         """Whether a region makes whole values (else a channel's); `Unsupported` where it mixes other shapes in."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from snn_compile.lowering.result_memory import allocate
@@ -51,13 +52,13 @@ def arranged(value: Tensor, dim: int, channels_last: bool, timed: bool = False) 
         return value.as_strided(shape, (0,) * len(shape)).contiguous().expand(value.shape)
     if fits(value, dim, channels_last, timed):
         return value
-    return empty_arranged(value.shape, value, channels_last, timed).copy_(value)
+    return empty_arranged(value.shape, value.dtype, value.device, channels_last, timed).copy_(value)
 
 
-def empty_arranged(shape: Sequence[int], like: Tensor, channels_last: bool, timed: bool) -> Tensor:
+def empty_arranged(shape: Sequence[int], dtype: torch.dtype, device: torch.device, channels_last: bool, timed: bool) -> Tensor:
     """An empty whole value, or a series of them, in settled memory."""
     if not channels_last:
-        return allocate(shape, like.dtype, like.device)
+        return allocate(shape, dtype, device)
     channel = 1 + timed
     order = (*shape[:channel], *shape[channel + 1 :], shape[channel])
-    return allocate(order, like.dtype, like.device).movedim(-1, channel)
+    return allocate(order, dtype, device).movedim(-1, channel)

@@ -32,6 +32,7 @@ from snn_compile.lowering.stepped import (
     allocate_stepped_gradients,
     device_of,
     kept_for_backward,
+    kept_results,
     run_stepped,
     run_stepped_backward,
 )
@@ -59,7 +60,7 @@ def _define(name: str, r: SteppedRecurrence, target_for: TargetFor) -> None:
     n_operands = len(r.carries) + len(r.xs) + len(r.consts)
     n_results = len(r.ys) + len(r.finals)
     n_kept = len(r.history) + r.n_residuals
-    n_given = n_results + sum(y is None for y in r.shared) + r.n_residuals
+    n_given = n_results + len(kept_results(r))
     operands = ", ".join(f"Tensor a{i}" for i in range(n_operands))
 
     define_op(

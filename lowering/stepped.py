@@ -21,10 +21,17 @@ from snn_compile.lowering.step_runner import Places, StepRunner, Steps, zero
 # ------------------------------------------------------------------------------------------------------------- forward
 
 
+def kept_results(r: SteppedRecurrence) -> list[int]:
+    """Results of a step, by position, that are given for the backward alone: states, then residuals. A history that is an output
+    is not given twice."""
+    own = [i for i, y in zip(r.history, r.shared, strict=True) if y is None]
+    return [*own, *range(len(r.carries) + len(r.ys), len(r.results))]
+
+
 def allocate_stepped(r: SteppedRecurrence, operands: Sequence[Tensor], steps: int) -> list[Tensor]:
     """Memory for what `run_stepped` gives: ``ys, finals, history, residuals``.
 
-    All are contiguous, or whole values channels-last (`runs_channels_last`). A history that is an output is not given twice.
+    All are contiguous, or whole values channels-last (`runs_channels_last`).
     """
     n, m = len(r.carries), len(r.ys)
     _, xs, _ = r.split(operands)
@@ -36,7 +43,7 @@ def allocate_stepped(r: SteppedRecurrence, operands: Sequence[Tensor], steps: in
         found.append(empty_result(r, (*shape[:d], steps, *shape[d:]), dtype, device, follows, timed=True))
     finals = [spec for spec, c in zip(r.results, r.carries, strict=False) if c.is_result]
     found += [empty_result(r, shape, dtype, device, channels_last) for shape, dtype in finals]
-    kept = [r.results[i] for i, y in zip(r.history, r.shared, strict=True) if y is None] + list(r.results[n + m :])
+    kept = [r.results[i] for i in kept_results(r)]
     return found + [empty_result(r, (steps, *shape), dtype, device, channels_last, timed=True) for shape, dtype in kept]
 
 
@@ -49,24 +56,28 @@ def run_stepped(r: SteppedRecurrence, target: Target, operands: Sequence[Tensor]
     out: list[int] = r.forward.outputs  # type: ignore[assignment]  # (none is None: only a gradient may be zero)
     n, m = len(r.carries), len(r.ys)
     # (slot, series) of everything that is kept for each step
-    own = [i for i, y in zip(r.history, r.shared, strict=True) if y is None]
-    shapes = [*r.results[n : n + m], *(r.results[i] for i in own), *r.results[n + m :]]
-    wanted = [*out[n : n + m], *(out[i] for i in own), *out[n + m :]]
+    results = [*range(n, n + m), *kept_results(r)]
+    wanted = [out[i] for i in results]
     channels_last = runs_channels_last(r, xs)
-    kept = [empty_result(r, (steps, *shape), dtype, device, channels_last, timed=True) for shape, dtype in shapes]
+    specs = [r.results[i] for i in results]
+    kept = [empty_result(r, (steps, *shape), dtype, device, channels_last, timed=True) for shape, dtype in specs]
     reverse = [y.reverse for y in r.ys] + [False] * (len(kept) - m)
     values = runner.values()
     values[n + len(xs) : n + len(xs) + len(consts)] = consts
     runner.prepare(values)
     finals = None
     if runner.by_channel:
-        results = list(zip(wanted, kept, reverse, strict=True))
-        finals = forward_by_channel(r, target, inits, xs, values, results, steps, channels_last)
+        places = list(zip(wanted, kept, reverse, strict=True))
+        finals = forward_by_channel(r, target, inits, xs, values, places, steps, channels_last)
     if finals is None:
         series = [Slices(x, spec.reverse) for x, spec in zip(xs, r.xs, strict=True)]
         views = [Slices(k, back) for k, back in zip(kept, reverse, strict=True)]
-        places = Places(zip(wanted, views, strict=True), runner.written)
-        plan = Steps(range(steps), list(enumerate(series, n)), places, list(enumerate(out[:n])))
+        plan = Steps(
+            range(steps),
+            list(enumerate(series, n)),
+            Places(zip(wanted, views, strict=True), runner.written),
+            list(enumerate(out[:n])),
+        )
         carries = runner.run(values, inits, plan)
         finals = [_new(r, c, channels_last) for c, spec in zip(carries, r.carries, strict=True) if spec.is_result]
     ys = [k if y.time_dim == 0 else k.movedim(0, y.time_dim).contiguous() for k, y in zip(kept, r.ys, strict=False)]

@@ -12,6 +12,7 @@ statistics agree to rounding.
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +29,12 @@ def updates_statistics(node: fx.Node) -> bool:
     return node.target is F.batch_norm and arguments(node)["training"] is True and arguments(node)["running_mean"] is not None
 
 
-def may_carry_statistics(node: fx.Node) -> bool:
-    """A batch norm that `carry_statistics` takes: each step updates its running statistics once, by a momentum."""
-    if not updates_statistics(node):
-        return False
+def why_not_carried(node: fx.Node, consts: Collection[fx.Node]) -> str | None:
+    """The reason why no state can hold the statistics that a batch norm updates; `consts`: the loop's invariant operands."""
     given = arguments(node)
-    running = [given["running_mean"], given["running_var"]]
-    return given["momentum"] is not None and all(isinstance(r, fx.Node) and len(r.users) == 1 for r in running)
+    if any(r not in consts or len(r.users) != 1 for r in (given["running_mean"], given["running_var"])):
+        return "running statistics that a step uses more than once"
+    return "a batch norm without momentum" if given["momentum"] is None else None
 
 
 def carry_statistics(gm: fx.GraphModule, call: fx.Node, loop: Loop) -> None:
@@ -50,12 +50,8 @@ def _replace(loop: Loop, node: fx.Node, given: dict[str, object]) -> tuple[fx.No
     """Put the functional form in the node's place; gives the next running mean and variance."""
     consts = loop.placeholders()[len(loop.carries) + len(loop.xs) :]
     value = example(given["input"])
-    for name in ("running_mean", "running_var"):
-        running = given[name]
-        if running not in consts or len(running.users) != 1:  # type: ignore[union-attr]
-            raise Reject("running statistics that a step uses more than once", node=node.name, location=loop.location)
-    if given["momentum"] is None:
-        raise Reject("a batch norm without momentum", node=node.name, location=loop.location)
+    if (why := why_not_carried(node, consts)) is not None:
+        raise Reject(why, node=node.name, location=loop.location)
     count = value.numel() // value.shape[1]
     graph = loop.body.graph
     with graph.inserting_before(node):

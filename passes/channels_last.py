@@ -26,10 +26,10 @@ from snn_compile.passes.classify import storage_key
 from snn_compile.passes.emit import emit, emit_function
 from snn_compile.passes.functionalize import is_write
 
-CONVOLUTIONS = {torch.conv2d, F.conv2d}
+_CONVOLUTIONS = {torch.conv2d, F.conv2d}
 #: Give a result in the layout of their first operand.
 _KEEPS_LAYOUT = {
-    *CONVOLUTIONS,
+    *_CONVOLUTIONS,
     F.max_pool2d,
     torch.max_pool2d,
     F.avg_pool2d,
@@ -71,14 +71,13 @@ def _inductor_prefers_it() -> bool:
 
 def _is_convolution(node: fx.Node) -> bool:
     """In eager's usual layout, on CPU, of a batch of images of a known size."""
-    if node.target not in CONVOLUTIONS or len(node.args) < 2:
+    if node.target not in _CONVOLUTIONS or len(node.args) < 2:
         return False
     x, y = example(node.args[0]), example(node)
     if not isinstance(x, Tensor) or not isinstance(y, Tensor) or y.dim() != 4 or y.device.type != "cpu":
         return False
     if None in [known_int(s) for s in (*x.shape, *y.shape)]:
         return False
-    assert isinstance(y, Tensor)
     return y.is_contiguous() and y[0].numel() > y.shape[1] > 1
 
 
@@ -89,7 +88,7 @@ def _reaches_kernel(node: fx.Node, is_kernel: IsKernel) -> bool:
         for user in frontier.pop().users:
             if is_kernel(user) and not _reads_rows_of_channels(user):
                 return True
-            if user not in seen and _keeps_layout(user, is_kernel) and user.target not in CONVOLUTIONS:
+            if user not in seen and _keeps_layout(user, is_kernel) and user.target not in _CONVOLUTIONS:
                 seen.add(user)
                 frontier.append(user)
     return False

@@ -9,6 +9,7 @@ single step, a body with several callers.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 
 import torch
 from torch import fx
@@ -20,12 +21,14 @@ from snn_compile.passes.emit import emit
 REGIONS = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint")
 
 
+def is_region(node: fx.Node, names: Sequence[str] = REGIONS) -> bool:
+    return isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in names
+
+
 def read_steps_in_regions(gm: fx.GraphModule) -> None:
     """Rewrite `gm` (torch-level, with examples) and the bodies of its regions in place."""
     for node in list(gm.graph.nodes):
-        if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target.name() not in REGIONS:
-            continue
-        if len(node.args[0].users) != 1:
+        if not is_region(node) or len(node.args[0].users) != 1:
             continue
         for source in dict.fromkeys(o.args[0] for o in node.args[1:] if _is_step(o)):
             _read_inside(getattr(gm, node.args[0].target), node, source)

@@ -6,7 +6,7 @@ y, v = loop(v, x)   ->   h0 = …x[0]…; h1 = …x[1]…; …; y = stack([s0, s
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import fx
@@ -72,10 +72,11 @@ def _replace(graph: fx.Graph, user: fx.Node, result: fx.Node) -> None:
     graph.erase_node(user)
 
 
-def restore_writes(gm: fx.GraphModule) -> None:
+def restore_writes(gm: fx.GraphModule, is_kernel: Callable[[fx.Node], bool]) -> None:
     """``b1 = store(b, i, s)`` -> ``b[i] = s`` where nobody reads the old ``b``, or a view of it, afterwards.
 
-    A kernel's backward reads its operands afterwards: they are saved, and autograd refuses those that were written into.
+    A kernel's backward reads its operands afterwards: they are saved, and autograd refuses those that were written into. (All
+    other ops read what they read in the code as it was written, where the write was allowed.)
     """
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     views = {n for n in order if n.target is not store and _is_view(n)}
@@ -83,7 +84,7 @@ def restore_writes(gm: fx.GraphModule) -> None:
         if node.target is not store:
             continue
         buffer, index, value = node.args
-        if buffer.op == "placeholder" or any(order.get(u, 0) > order[node] or _saves(u) for u in _readers(buffer, views)):
+        if buffer.op == "placeholder" or any(order.get(u, 0) > order[node] or is_kernel(u) for u in _readers(buffer, views)):
             continue
         with gm.graph.inserting_before(node):
             gm.graph.call_function(operator.setitem, (buffer, index, value))
@@ -101,8 +102,3 @@ def _readers(buffer: fx.Node, views: set[fx.Node]) -> Iterator[fx.Node]:
 def _is_view(node: fx.Node) -> bool:
     key = storage_key(node)
     return key is not None and any(storage_key(i) == key for i in node.all_input_nodes)
-
-
-def _saves(node: fx.Node) -> bool:
-    """One of our kernels. All other ops read what they read in the code as it was written, where the write was allowed."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "snn_compile"

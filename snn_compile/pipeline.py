@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from snn_compile.ir.stepped import SteppedRecurrence
 from snn_compile.ir.values import base_name, example, flat_nodes
 from snn_compile.lowering import ops, targets
 from snn_compile.lowering.by_channel import suits_channels
+from snn_compile.lowering.channel_program import channel_shapes
 from snn_compile.lowering.kernel_texts import kernel_texts, stepped_texts
 from snn_compile.lowering.launch import Direction
 from snn_compile.lowering.lower_loops import lower_loop, make_recurrence, make_stepped
@@ -32,9 +34,9 @@ from snn_compile.lowering.registration import is_kernel, register
 from snn_compile.passes.batch_time import batch_time
 from snn_compile.passes.carry_statistics import (
     carry_statistics,
-    may_carry_statistics,
     separate_saved_statistics,
     updates_statistics,
+    why_not_carried,
 )
 from snn_compile.passes.channels_last import channels_last
 from snn_compile.passes.chunk_time import chunk_length, chunk_time
@@ -55,7 +57,7 @@ from snn_compile.passes.hoist_creations import hoist_creations
 from snn_compile.passes.index_steps import index_steps
 from snn_compile.passes.inline_detached import inline_detached
 from snn_compile.passes.inline_steps import inline_steps
-from snn_compile.passes.read_steps_in_regions import read_steps_in_regions
+from snn_compile.passes.read_steps_in_regions import REGIONS, is_region, read_steps_in_regions
 from snn_compile.passes.reroll import reroll
 from snn_compile.passes.roll_scan import roll_scans
 from snn_compile.passes.specialize import (
@@ -192,7 +194,8 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
         counters["snn_compile"]["batch_norms_folded"] += fold_batch_norm(loop, is_pointwise_op)
         infos = classify(loop, is_pointwise_op)
         report.ops_hoisted += hoist(work, call, loop, infos)
-        distribute(work, call, loop, infos, _normalises_for)
+        consts = loop.placeholders()[len(loop.carries) + len(loop.xs) :]
+        distribute(work, call, loop, infos, partial(_normalises_for, consts))
     counters["snn_compile"]["ops_hoisted"] += report.ops_hoisted
     dump(work, "3_distribute")
     if config.batch_time:
@@ -207,7 +210,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
         return report
     for call, loop in _calls(work):
         unroll(work, call, loop)
-    restore_writes(work)
+    restore_writes(work, is_kernel)
     counters["snn_compile"]["convolutions_channels_last"] += channels_last(work.graph, is_kernel, max_pool2d)
     separate_saved_statistics(work)
     _finish(work)
@@ -237,13 +240,13 @@ class _Backup:
 
 
 #: Higher-order ops that run their body as it is: a loop inside is a loop like any other.
-REGIONS = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint", "invoke_subgraph")
+_REGIONS = (*REGIONS, "invoke_subgraph")
 
 
 def _rewrite_inner(gm: fx.GraphModule, config: Config, report: Report) -> None:
     """The pipeline on the bodies of regions such as `torch.utils.checkpoint`."""
     for node in gm.graph.nodes:
-        if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target.name() not in REGIONS:
+        if not is_region(node, _REGIONS):
             continue
         name = node.args[0].target
         new, inner = run_pipeline(getattr(gm, name), config)
@@ -315,17 +318,19 @@ def _runs_by_channel(nodes: list[fx.Node], infos: dict[fx.Node, OpInfo]) -> bool
     return bool(calls) and all(updates_statistics(n) and suits_channels(example(n.args[0])) for n in calls)
 
 
-def _normalises_for(group: Group, neuron: Group) -> bool:
+def _normalises_for(consts: Sequence[fx.Node], group: Group, neuron: Group) -> bool:
     """Whether `group` is a batch norm that one kernel runs with the neuron behind it, channel by channel: all that the neuron
-    reads and makes is as the batch norm's values, or one number a channel that wants no gradient."""
-    norm, value = group.nodes[0], example(group.nodes[0].args[0]) if group.nodes[0].args else None
-    if len(group.nodes) != 1 or not may_carry_statistics(norm) or not isinstance(value, torch.Tensor):
+    reads and makes is as the batch norm's values, or one number a channel that wants no gradient.
+
+    `consts`: invariant operands of the loop.
+    """
+    norm, whole = group.nodes[0], example(group.nodes[0])
+    if len(group.nodes) != 1 or not updates_statistics(norm) or why_not_carried(norm, consts) is not None:
         return False
-    if value.device.type != "cpu" or not suits_channels(value):  # (on a GPU, nobody has measured it)
-        return False
-    whole = example(norm)
     assert isinstance(whole, torch.Tensor)
-    channel = {(), (whole.shape[1], *(1,) * (whole.dim() - 2)), (1, whole.shape[1], *(1,) * (whole.dim() - 2))}
+    if whole.device.type != "cpu" or not suits_channels(whole):  # (on a GPU, nobody has measured it)
+        return False
+    channel = {(), *channel_shapes(whole.shape)}
 
     def fits(value: object, is_read: bool) -> bool:
         if not isinstance(value, torch.Tensor):
