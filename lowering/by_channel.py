@@ -24,7 +24,7 @@ from snn_compile.lowering.cpp import target as cpp
 from snn_compile.lowering.cpp.by_channel import BLOCK, ChannelSource, generate
 from snn_compile.lowering.cpp.names import identifier
 from snn_compile.lowering.cpp.plan import STREAM_BYTES
-from snn_compile.lowering.launch import Direction, Target
+from snn_compile.lowering.launch import MOST_LAUNCHES, Direction, Target
 from snn_compile.lowering.triton import channel_kernel as triton
 from snn_compile.lowering.triton.channel_layout import Place, place
 from snn_compile.lowering.triton.heuristics import fills_device
@@ -96,9 +96,12 @@ def runs_channels_last(r: SteppedRecurrence, xs: Sequence[Tensor | None], kept: 
 
 def normalises_channels_last(r: SteppedRecurrence) -> bool:
     """In eager."""
-    assert r.step is not None
-    norms = r.step.graph.find_nodes(op="call_function", target=torch.ops.aten.native_batch_norm.default)
-    return any(is_channels_last(n.args[0].meta["val"]) for n in norms)
+    known = r.meta.get("normalises_channels_last")
+    if known is None:  # (asked in every call)
+        assert r.step is not None
+        norms = r.step.graph.find_nodes(op="call_function", target=torch.ops.aten.native_batch_norm.default)
+        known = r.meta["normalises_channels_last"] = any(is_channels_last(n.args[0].meta["val"]) for n in norms)
+    return bool(known)
 
 
 def empty_result(
@@ -136,11 +139,22 @@ def runs_by_channel(program: Program, target: Target) -> bool:
     return target.name in ("cpp", "triton") and is_by_channel(program)
 
 
+@dataclass(frozen=True)
+class BoundCall:
+    """Everything about a call but addresses."""
+
+    strides: ctypes.Array[ctypes.c_int64]
+    numbers: tuple[int, ...]
+    #: bytes
+    scratch: int
+
+
 class ChannelKernel:
     """A compiled kernel."""
 
     def __init__(self, source: ChannelSource) -> None:
         self.source = source
+        self._bound: dict[object, BoundCall | None] = {}
         self._library = compiler.load(source.text)  # keeps the function's code mapped
         self._function = getattr(self._library, source.entry)
         self._function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 4 + [ctypes.c_bool, ctypes.c_int64, ctypes.c_void_p]
@@ -148,12 +162,21 @@ class ChannelKernel:
 
     def run(self, operands: Sequence[Operand], steps: int) -> bool:
         """`operands` in the order of the source's `given` and `wanted`. False where they do not lie in memory as they should."""
-        if not all(o.fits(len(self.source.shape), self.source.is_channels_last) for o in operands):
+        key = steps, torch.get_num_threads(), *((o.tensor.shape, o.tensor.stride(), o.tensor.dtype) for o in operands)
+        if key not in self._bound:
+            if len(self._bound) >= MOST_LAUNCHES:
+                self._bound.clear()
+            fit = all(o.fits(len(self.source.shape), self.source.is_channels_last) for o in operands)
+            self._bound[key] = self._bind(operands, steps) if fit else None
+        bound = self._bound[key]
+        if bound is None:
             return False
-        self(operands, steps)
+        pointers = (ctypes.c_void_p * len(operands))(*(o.address() for o in operands))
+        scratch = cpp.allocate_scratch(bound.scratch)
+        self._function(pointers, bound.strides, *bound.numbers, scratch.data_ptr())
         return True
 
-    def __call__(self, operands: Sequence[Operand], steps: int) -> None:
+    def _bind(self, operands: Sequence[Operand], steps: int) -> BoundCall:
         source = self.source
         n, channels, *space = source.shape
         rows, inner = (n * math.prod(space), BLOCK) if source.is_channels_last else (n, math.prod(space))
@@ -161,16 +184,12 @@ class ChannelKernel:
         threads = torch.get_num_threads()
         shared = source.is_channels_last and rows >= max(SHARED_ROWS, threads)
         threads = threads if shared else max(1, min(threads, blocks))
-        scratch = cpp.allocate_scratch(
-            4 * (1 if shared else threads) * source.buffers * rows * inner + 16 * threads * source.sums * BLOCK
-        )
-        pointers = (ctypes.c_void_p * len(operands))(*(o.address() for o in operands))
+        scratch = 4 * (1 if shared else threads) * source.buffers * rows * inner + 16 * threads * source.sums * BLOCK
         strides = [s for o in operands for s in o.strides(len(source.shape), source.is_channels_last)]
-        numbers = (ctypes.c_int64 * len(strides))(*strides)
         size = sum(o.tensor.nbytes for o in operands if o.timed)
         streaming = size >= STREAM_BYTES and inner >= 256
         layout = (min(torch.get_num_threads(), rows), shared) if source.is_channels_last else (inner, streaming)
-        self._function(pointers, numbers, steps, channels, rows, *layout, threads, scratch.data_ptr())
+        return BoundCall((ctypes.c_int64 * len(strides))(*strides), (steps, channels, rows, *layout, threads), scratch)
 
 
 class GpuChannelKernel:

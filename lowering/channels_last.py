@@ -19,8 +19,18 @@ def fits(value: Tensor, dim: int, channels_last: bool, timed: bool = False) -> b
     if len(sizes) != dim:
         return True
     if not channels_last:
-        return value[(0,) * (timed + 2)].is_contiguous() if value.numel() else True
+        return is_dense(sizes[2:], strides[2:])
     return (strides[1] == 1 or sizes[1] == 1) and row_stride(sizes, strides) is not None
+
+
+def is_dense(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether dims lie in memory one in the other without gaps, as `Tensor.is_contiguous` asks of all dims."""
+    expected = 1
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def row_stride(sizes: Sequence[int], strides: Sequence[int]) -> int | None:

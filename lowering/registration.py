@@ -22,7 +22,7 @@ from snn_compile.lowering.launch import Target, allocate_gradients, allocate_res
 
 NAMESPACE = "snn_compile"
 #: Bump when generated code or the layout of results changes meaning: part of every op name, which caches go by.
-GENERATOR_VERSION = 8
+GENERATOR_VERSION = 9
 
 TargetFor = Callable[[torch.device], Target]
 

@@ -42,8 +42,10 @@ _SHORT = 128
 #: What a kernel calls its own.
 _NAMES = words(
     "i row begin end slice first last lanes width count slices chunk until shared sets sums team run channel channels inner "
-    "tensors strides distance"
+    "tensors strides distance ahead wraps t_ahead channel_ahead"
 )
+#: A step of a channel of at most so many values leaves room in the second-level cache for what the next one reads.
+_AHEAD = 1 << 14
 #: Channels of a row where channels lie together: a cache line.
 BLOCK = 16
 
@@ -135,6 +137,8 @@ class _Writer:
     stored: set[int] = field(default_factory=set)
     #: the most sums added up at once
     most_sums: int = 0
+    #: where the body of the step's last loop over rows begins
+    last_rows: int | None = None
 
     def __post_init__(self) -> None:
         self.shapes = Shapes(self.values)
@@ -236,6 +240,7 @@ class _Writer:
         """The loop over rows. Where a row has several channels, what threads and slices of rows add up is summed behind it."""
         if not self.is_channels_last:
             with self.braces("for (int64_t row = 0; row < rows; ++row)"):
+                self.last_rows = len(self.lines)
                 yield
             return
         of_slice = [s for s in sums if s.partial != s.name]
@@ -254,12 +259,13 @@ class _Writer:
             self.line(f"team.add({', '.join(array_of(s.name) for s in sums)});")
 
     def _point_to_row(self, pointers: dict[str, str], read: Iterable[str]) -> None:
-        """A pointer into every row. A channel's rows lie far apart in a tensor: the next but one is asked for now."""
+        """A pointer into every row. A channel's rows lie far apart in a tensor: the next but one is asked for now, or the step
+        before has asked for them (`_ask_ahead`)."""
         for address, pointer in pointers.items():
             self.line(f"float* const {pointer} = {address};")
             if address in read and not address.endswith(_IN_BUFFER) and not self.is_channels_last:
                 self.helpers.add("prefetch")
-                self.line(f"prefetch({pointer} + 2 * {address.rsplit(' * ', 1)[1]}, inner * sizeof(float));")
+                self.line(f"if (!ahead) prefetch({pointer} + 2 * {address.rsplit(' * ', 1)[1]}, inner * sizeof(float));")
 
     def _stored(self, slot: int) -> list[int]:
         return [s for source in self.made[slot][0] for s in self._stored(source)] if slot in self.made else [slot]
@@ -285,7 +291,7 @@ class _Writer:
         body = self._body()
         together = self.is_channels_last
         layout = "int64_t slices, bool shared" if together else "int64_t inner, bool streaming"
-        helpers = self.helpers | ({"team", "min"} if together else set())
+        helpers = self.helpers | {"min"} | ({"team"} if together else set())
         text = "\n".join(
             [
                 comment(f"{self.name}: all steps of a {'block of channels' if together else 'channel'} at a time"),
@@ -324,6 +330,8 @@ class _Writer:
     def _body(self) -> list[str]:
         head, self.lines = self.lines, []
         self.depth = 3
+        if not self.is_channels_last:
+            self.line(f"const bool ahead = rows * inner <= {_AHEAD};")
         self._begin()
         loop = "int64_t t = steps - 1; t >= 0; --t" if self.reverse else "int64_t t = 0; t < steps; ++t"
         with self.braces(f"for ({loop})"):
@@ -420,6 +428,11 @@ class _Writer:
     # --------------------------------------------------------------------------------------------------------------- a step
 
     def _step(self) -> None:
+        if not self.is_channels_last:
+            wraps, first, later = ("t == 0", "steps - 1", "t - 1") if self.reverse else ("t + 1 == steps", "0", "t + 1")
+            self.line(f"const bool wraps = {wraps};")
+            self.line(f"const int64_t t_ahead = wraps ? {first} : {later}, channel_ahead = min(channel + wraps, channels - 1);")
+        self.last_rows = None
         for g in self.given:
             if g.kind == "series":
                 self._keep(g.slot, self.tensor["init", g.slot], "t")
@@ -432,6 +445,20 @@ class _Writer:
                 self._call(unit)
         self._results_of_step()
         self._next_carries()
+        self._ask_ahead()
+
+    def _ask_ahead(self) -> None:
+        """While the last loop of a step computes, memory is idle: it asks for the rows of the next step, or next channel."""
+        if self.last_rows is None:
+            return
+        asked = []
+        for g in self.given:
+            if g.kind in ("series", "before") and self.is_whole(g.slot):
+                name, at = {"series": ("init", "t_ahead"), "before": ("after", "(t_ahead ? t_ahead - 1 : 0)")}[g.kind]
+                address = self._address(self.tensor[name, g.slot], g.slot, at).replace("channel *", "channel_ahead *", 1)
+                asked.append(f"if (ahead) prefetch({address}, inner * sizeof(float));")
+                self.helpers.add("prefetch")
+        self.lines[self.last_rows : self.last_rows] = [f"{'  ' * (self.depth + 1)}{line}" for line in asked]
 
     def _before(self, g: Given) -> None:
         """``t == 0 ? initial state : state after step t - 1``"""

@@ -129,6 +129,30 @@ static inline {real} v{name}({parameters}) {{ return __builtin_{name}{f}({argume
     )
 
 
+#: Most surrogates are sigmoids: a call in the innermost loop would spill all vector registers around it, so it is written out.
+_EXP = """
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)  // the arithmetic of Sleef's expf_u10, which eager calls: its bits
+static inline float vexp(float x) {  // 2^n * e^r, n = round(x / ln 2)
+  const float shifted = x * 0x1.715476p+0f + 0x1.8p23f, n = shifted - 0x1.8p23f;
+  const int32_t exponent = int32_t(__builtin_bit_cast(uint32_t, shifted) - 0x4b400000u), half = exponent >> 1;
+  const float r = __builtin_fmaf(n, -0x1.7f7d1cp-20f, __builtin_fmaf(n, -0x1.62e4p-1f, x));
+  float y = __builtin_fmaf(0x1.a057b4p-13f, r, 0x1.6d2d92p-10f);
+  y = __builtin_fmaf(y, r, 0x1.11114cp-7f);
+  y = __builtin_fmaf(y, r, 0x1.5554f4p-5f);
+  y = __builtin_fmaf(y, r, 0x1.555556p-3f);
+  y = __builtin_fmaf(y, r, 0.5f);
+  y = 1.0f + __builtin_fmaf(r * r, y, r);
+  y = y * __builtin_bit_cast(float, uint32_t(half + 127) << 23);
+  y = y * __builtin_bit_cast(float, uint32_t(exponent - half + 127) << 23);
+  y = x < -104.0f ? 0.0f : y;
+  return x > 100.0f ? __builtin_inff() : y;
+}
+#else
+static inline float vexp(float x) { return __builtin_expf(x); }
+#endif
+"""
+
+
 def _sigmoid(real: str) -> Helper:
     text = f"""
 static inline {real} sigmoid({real} x) {{ return 1 / (1 + vexp(-x)); }}
@@ -196,6 +220,7 @@ static inline {real} choose(bool condition, {real} yes, {real} no) {{  // by bit
     "bf16": Helper(_BF16),
     "fp16": Helper(_FP16),
     **{f"v{name}.{real}": _transcendental(name, real) for name in _SLEEF for real in ("float", "double")},
+    "vexp.float": Helper(_EXP),
     **{f"sigmoid.{real}": _sigmoid(real) for real in ("float", "double")},
     **{
         f"sigmoid_of_one.{real}": Helper(f"""

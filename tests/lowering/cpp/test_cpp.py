@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import ctypes
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from snn_compile.ir.recurrence import Carry, Const, Output, Recurrence, TimeSeri
 from snn_compile.lowering import launch
 from snn_compile.lowering.cpp import compiler, plan, target
 from snn_compile.lowering.cpp.names import comment, identifier
+from snn_compile.lowering.cpp.prelude import prelude
 from snn_compile.lowering.layout import Layout
 from snn_compile.lowering.ops import is_supported
 from snn_compile.passes.trace_step import trace_step
@@ -491,3 +493,34 @@ def test_processes_compile_at_once(tmp_path: Path) -> None:
     code = f"from snn_compile.lowering.cpp import compiler; compiler.load({text!r}).lif_forward; print('loaded')"
     runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert [run.communicate()[0].strip() for run in runs] == ["loaded"] * 3
+
+
+EVERY_SEVENTH = """
+#include <cstdint>
+typedef float floats __attribute__((vector_size(32)));
+extern "C" floats Sleef_expf8_u10(floats);
+extern "C" int64_t different() {
+  int64_t count = 0;
+  float x[4096], y[4096];
+  for (uint64_t first = 0; first < 1ull << 32; first += 7 * 4096) {
+    for (uint64_t i = 0; i < 4096; ++i) x[i] = __builtin_bit_cast(float, uint32_t(first + 7 * i));
+#pragma omp simd
+    for (int64_t i = 0; i < 4096; ++i) y[i] = vexp(x[i]);
+    for (int64_t i = 0; i < 4096; i += 8) {
+      floats eight;
+      for (int64_t j = 0; j < 8; ++j) eight[j] = x[i + j];
+      eight = Sleef_expf8_u10(eight);
+      for (int64_t j = 0; j < 8; ++j)
+        count += __builtin_bit_cast(uint32_t, eight[j]) != __builtin_bit_cast(uint32_t, y[i + j]) && x[i + j] == x[i + j];
+    }
+  }
+  return count;
+}
+"""
+
+
+@pytest.mark.skipif(not hasattr(compiler.libtorch(), "Sleef_expf8_u10"), reason="libtorch_cpu does not hand out its Sleef")
+def test_exp_has_eagers_bits() -> None:
+    library = compiler.load("#include <cstdint>" + prelude(["vexp.float"]) + EVERY_SEVENTH)
+    library.different.restype = ctypes.c_int64
+    assert library.different() == 0

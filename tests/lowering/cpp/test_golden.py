@@ -124,22 +124,22 @@ static inline void prefetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
 }
 
-#ifdef SLEEF  // libtorch_cpu holds the vector variants, which eager calls too; the scalar one is a lane of a vector
-extern "C" {
-#pragma omp declare simd notinbranch
-__attribute__((const)) float Sleef_expf_u10(float);
-typedef float exp_floats __attribute__((vector_size(32)));
-exp_floats Sleef_expf8_u10(exp_floats);
-__attribute__((used, visibility("hidden"))) float exp_float(float x) { return Sleef_expf8_u10(x - exp_floats{})[0]; }
-asm(".set Sleef_expf_u10, exp_float");
-typedef float exp_few_floats __attribute__((vector_size(16)));  // of the last lanes of a row, which libtorch_cpu does not have
-exp_few_floats exp_few_float(exp_few_floats x) asm("_ZGVbN4v_Sleef_expf_u10");
-__attribute__((used, visibility("hidden"))) exp_few_floats exp_few_float(exp_few_floats x) {
-  const exp_floats all = Sleef_expf8_u10(exp_floats{x[0], x[1], x[2], x[3]});
-  return exp_few_floats{all[0], all[1], all[2], all[3]};
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)  // the arithmetic of Sleef's expf_u10, which eager calls: its bits
+static inline float vexp(float x) {  // 2^n * e^r, n = round(x / ln 2)
+  const float shifted = x * 0x1.715476p+0f + 0x1.8p23f, n = shifted - 0x1.8p23f;
+  const int32_t exponent = int32_t(__builtin_bit_cast(uint32_t, shifted) - 0x4b400000u), half = exponent >> 1;
+  const float r = __builtin_fmaf(n, -0x1.7f7d1cp-20f, __builtin_fmaf(n, -0x1.62e4p-1f, x));
+  float y = __builtin_fmaf(0x1.a057b4p-13f, r, 0x1.6d2d92p-10f);
+  y = __builtin_fmaf(y, r, 0x1.11114cp-7f);
+  y = __builtin_fmaf(y, r, 0x1.5554f4p-5f);
+  y = __builtin_fmaf(y, r, 0x1.555556p-3f);
+  y = __builtin_fmaf(y, r, 0.5f);
+  y = 1.0f + __builtin_fmaf(r * r, y, r);
+  y = y * __builtin_bit_cast(float, uint32_t(half + 127) << 23);
+  y = y * __builtin_bit_cast(float, uint32_t(exponent - half + 127) << 23);
+  y = x < -104.0f ? 0.0f : y;
+  return x > 100.0f ? __builtin_inff() : y;
 }
-}
-static inline float vexp(float x) { return Sleef_expf_u10(x); }
 #else
 static inline float vexp(float x) { return __builtin_expf(x); }
 #endif
