@@ -47,6 +47,7 @@ from snn_compile.passes.distribute import Group, distribute, find_groups
 from snn_compile.passes.emit import delete_unused_children
 from snn_compile.passes.fold_batch_norm import fold_batch_norm
 from snn_compile.passes.fold_threshold import fold_threshold
+from snn_compile.passes.function_transforms import why_transformed
 from snn_compile.passes.functionalize import functionalize
 from snn_compile.passes.fuse_consumers import fuse_consumers
 from snn_compile.passes.fuse_producers import fuse_producers
@@ -98,6 +99,7 @@ COUNTERS = (
 
 #: The pipeline as a table of contents: (name, what it does).
 PASSES = (
+    ("function_transforms", "a graph that `torch.func` transforms is left alone, whole"),
     ("inline_steps", "a step that was traced once, as a nested compile region, becomes the ops of every step"),
     ("read_steps_in_regions", "a checkpointed region that is handed every step of a series reads them itself"),
     ("specialize", "numbers that became symbolic without need are numbers again; checks of shapes leave no trace"),
@@ -164,6 +166,10 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     report = Report()
     dump = _Dump(config.dump)
     dump(work, "0_dynamo")
+    if (transformed := why_transformed(work.graph)) is not None:
+        report.rejections.append(transformed)
+        counters["snn_compile"]["rejections"] += 1
+        return report
     inline_steps(work)
     read_steps_in_regions(work)
     specialize_floats(work)
