@@ -275,16 +275,16 @@ def run(examples: int, seed: int | None = None, kernels: bool = False, **what) -
 
 EXACT_OPS, ALL_OPS = (*EXACT, *OPAQUE), (*EXACT, *INEXACT, *OPAQUE)
 FAMILIES = {
-    "fp32 and fp64": ({"ops": ALL_OPS}, 240),
-    "long loops": ({"ops": EXACT_OPS, "max_steps": 300}, 50),
-    "bf16 and fp16": ({"ops": EXACT_OPS, "dtypes": (torch.bfloat16, torch.float16)}, 100),
-    "neurons": ({"ops": ("spike", "leak", "reset", "compare", "where", "both")}, 100),
+    "fp32 and fp64": ({"ops": ALL_OPS}, 120),
+    "long loops": ({"ops": EXACT_OPS, "max_steps": 300}, 25),
+    "bf16 and fp16": ({"ops": EXACT_OPS, "dtypes": (torch.bfloat16, torch.float16)}, 50),
+    "neurons": ({"ops": ("spike", "leak", "reset", "compare", "where", "both")}, 50),
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_passes_keep_the_meaning(family):
-    """Interpreted: 490 programs in all."""
+    """Interpreted: 245 programs in all."""
     what, examples = FAMILIES[family]
     seen.clear()
     run(examples, **what)
@@ -298,8 +298,8 @@ def test_passes_keep_the_meaning(family):
 def test_kernels_keep_the_meaning():
     """Compiled: forward of the kernels bit for bit, gradients to rounding."""
     seen.clear()
-    run(70, kernels=True, ops=EXACT_OPS, max_steps=40)
-    assert seen["examples with a recurrence"] >= 10 and seen["gradients compared"] >= 20, seen
+    run(35, kernels=True, ops=EXACT_OPS, max_steps=40)
+    assert seen["examples with a recurrence"] >= 8 and seen["gradients compared"] >= 10, seen
 
 
 def main() -> None:
