@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,15 +152,22 @@ class BoundCall:
 
 
 class ChannelKernel:
-    """A compiled kernel."""
+    """A kernel, compiled when it first runs."""
 
     def __init__(self, source: ChannelSource) -> None:
         self.source = source
         self._bound: dict[object, BoundCall | None] = {}
-        self._library = compiler.load(source.text)  # keeps the function's code mapped
-        self._function = getattr(self._library, source.entry)
-        self._function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 4 + [ctypes.c_bool, ctypes.c_int64, ctypes.c_void_p]
-        self._function.restype = None
+
+    @functools.cached_property
+    def _function(self) -> Callable[..., None]:
+        self._library = compiler.load(self.source.text)  # keeps the function's code mapped
+        function = getattr(self._library, self.source.entry)
+        function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 4 + [ctypes.c_bool, ctypes.c_int64, ctypes.c_void_p]
+        function.restype = None
+        return function  # type: ignore[no-any-return]
+
+    def text(self, operands: Sequence[Operand]) -> str:
+        return self.source.text
 
     def run(self, operands: Sequence[Operand], steps: int) -> bool:
         """`operands` in the order of the source's `given` and `wanted`. False where they do not lie in memory as they should."""
@@ -197,6 +206,11 @@ class GpuChannelKernel:
 
     def __init__(self, kernel: triton.ChannelKernel) -> None:
         self.kernel = kernel
+
+    def text(self, operands: Sequence[Operand]) -> str:
+        """Raises `Unsupported`."""
+        places = [o.place(self.kernel.shape) for o in operands]
+        return self.kernel.text_for([p for p in places if p is not None], operands[0].tensor.device).source
 
     def run(self, operands: Sequence[Operand], steps: int) -> bool:
         places = [o.place(self.kernel.shape) for o in operands]
@@ -252,19 +266,14 @@ class _Call:
         assert program is not None and gm is not None
         name = f"{identifier(self.r.name)}_{self.direction}"
         with contextlib.suppress(Unsupported):
+            kernel: ChannelKernel | GpuChannelKernel
             if self.target.name == "triton":
-                return GpuChannelKernel(triton.ChannelKernel(name, program, examples_of(gm), given, wanted, is_backward))
-            return ChannelKernel(
-                generate(
-                    name,
-                    program,
-                    examples_of(gm),
-                    given,
-                    wanted,
-                    is_backward,
-                    is_channels_last=self.channels_last,
-                )
-            )
+                kernel = GpuChannelKernel(triton.ChannelKernel(name, program, examples_of(gm), given, wanted, is_backward))
+            else:
+                source = generate(name, program, examples_of(gm), given, wanted, is_backward, self.channels_last)
+                kernel = ChannelKernel(source)
+            note: Callable[..., Any] | None = getattr(self.target, "note_channel_kernel", None)
+            return kernel if note is None else note(kernel, self.direction)
         return None
 
 

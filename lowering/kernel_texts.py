@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from snn_compile.ir.recurrence import Recurrence
-from snn_compile.ir.stepped import Program, Region, SteppedRecurrence
+from snn_compile.ir.stepped import Call, Program, Region, SteppedRecurrence
 from snn_compile.lowering import targets
+from snn_compile.lowering.by_channel import ChannelKernel, GpuChannelKernel, Operand
+from snn_compile.lowering.channel_program import is_by_channel
 from snn_compile.lowering.launch import BoundKernel, Direction, Kernel, Target, run_backward, run_forward
 from snn_compile.lowering.layout import Layout, Placement
+from snn_compile.lowering.stepped import kept_for_backward, run_stepped, run_stepped_backward
 
 
 class _Recorder:
@@ -31,6 +35,20 @@ class _Recorder:
     def kernel(self, recurrence: Recurrence, direction: Direction, layout: Layout) -> Kernel:
         self.texts.append((direction, self.target.source(recurrence, direction, layout)))
         return _Skip()
+
+    def note_channel_kernel(self, kernel: ChannelKernel | GpuChannelKernel, direction: Direction) -> _SkipChannels:
+        return _SkipChannels(lambda operands: self.texts.append((direction, kernel.text(operands))))
+
+
+@dataclass
+class _SkipChannels:
+    """In place of a kernel of `lowering/by_channel`."""
+
+    note: Callable[[Sequence[Operand]], None]
+
+    def run(self, operands: Sequence[Operand], steps: int) -> bool:
+        self.note(operands)
+        return True
 
 
 class _Skip:
@@ -53,7 +71,9 @@ def kernel_texts(recurrence: Recurrence, operands: Sequence[Tensor], steps: int)
 
 
 def stepped_texts(stepped: SteppedRecurrence, device: torch.device) -> list[tuple[Direction, str]]:
-    """``[(direction, source)]`` of the kernels of a step, in the order they run."""
+    """``[(direction, source)]`` of the kernels of a step, in the order they run, or of those that run all steps."""
+    if is_by_channel(stepped.forward):
+        return _channel_texts(stepped, device)
     programs: list[tuple[Direction, Program]] = [("forward", stepped.forward)]
     programs += [("backward", stepped.backward)] if stepped.backward is not None else []
     texts = []
@@ -65,6 +85,42 @@ def stepped_texts(stepped: SteppedRecurrence, device: torch.device) -> list[tupl
                 operands += [torch.empty((), dtype=c.dtype, device=device) for c in unit.kernel.consts]
                 texts += [(direction, text) for _, text in kernel_texts(unit.kernel, operands, 1)]
     return texts
+
+
+def _channel_texts(stepped: SteppedRecurrence, device: torch.device) -> list[tuple[Direction, str]]:
+    """Of a `SteppedRecurrence` that runs channel by channel: what two steps of it ask for, without values."""
+    recorder = _Recorder(targets.for_device(device))
+    plain = replace(
+        stepped,
+        forward=_forgetful(stepped.forward),
+        backward=None if stepped.backward is None else _forgetful(stepped.backward),
+        meta={},
+    )
+    assert stepped.step is not None
+    examples = [n.meta["val"] for n in stepped.step.graph.find_nodes(op="placeholder")]
+    first, last = len(stepped.carries), len(stepped.carries) + len(stepped.xs)
+    steps = 2
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        sizes = [((steps,) * (first <= i < last), (v.numel(),) * (first <= i < last)) for i, v in enumerate(examples)]
+        operands = [
+            torch.empty_strided((*size, *v.shape), (*stride, *v.stride()), dtype=v.dtype, device=device)
+            for v, (size, stride) in zip(examples, sizes, strict=True)
+        ]
+        results = run_stepped(plain, recorder, operands, steps)
+        if plain.backward is not None:
+            cotangents = [r for r, d in zip(results, plain.differentiable, strict=False) if d]
+            run_stepped_backward(plain, recorder, operands, kept_for_backward(plain, results), cotangents, steps)
+    return recorder.texts
+
+
+def _forgetful(program: Program) -> Program:
+    """With kernels that do not know what was compiled of them, so that none is remembered that is only noted."""
+
+    def copied(units: Sequence[Region | Call]) -> list[Region | Call]:
+        plain = {id(u): replace(u.kernel, kernels={}, launches={}) for u in units if isinstance(u, Region)}
+        return [replace(u, kernel=plain[id(u)]) if isinstance(u, Region) else u for u in units]
+
+    return replace(program, prologue=copied(program.prologue), units=copied(program.units))
 
 
 def _sizes(tensor: Tensor) -> list[int]:

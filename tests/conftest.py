@@ -42,6 +42,15 @@ def fresh() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no kernel of ours runs as AOTAutograd traced it, and Inductor compiles nothing: for tests of what is found."""
+    from torch._dynamo.backends.debugging import aot_eager
+    from torch._inductor import compile_fx
+
+    monkeypatch.setattr(compile_fx, "compile_fx", lambda gm, inputs, **_: aot_eager(gm, inputs))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():  # ROCm builds answer here too
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 
@@ -272,3 +273,13 @@ def test_loop_inside_does_not_warn() -> None:
         warnings.filterwarnings("error", message="snn_compile")
         for _ in range(6):
             _, v = compiled(torch.randn(4, 5), v)
+
+
+def test_kernels_of_a_batch_norm_in_the_potential_are_those_that_run() -> None:
+    """One a direction, for all steps; and what was only read is not what runs afterwards."""
+    node, x = snn_compile.neuron.MPBNLIFNode(out_channels=3, step_mode="m"), torch.randn(5, 4, 3, 4, 4)
+    found = snn_compile.explain(node, step_from=2)(x.clone().requires_grad_())
+    assert [direction for _, direction, _ in found.kernels] == ["forward", "backward"]
+    assert all("all steps of a channel at a time" in text for _, _, text in found.kernels)
+    compiled = torch.compile(copy.deepcopy(node), backend="snn", options={"step_from": 2})
+    assert torch.equal(compiled(x), node(x))

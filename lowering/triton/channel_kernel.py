@@ -46,6 +46,11 @@ class ChannelKernel:
         form = Form(not tile.fits, self.reverse)
         return generate(self.name, self.program, self.shapes, self.given, self.wanted, layout, form)
 
+    def text_for(self, places: Sequence[Place], device: torch.device) -> KernelText:
+        """Of a call with tensors in these places. Raises `Unsupported`."""
+        layout = lay_out(places, self.shape, processors(device))
+        return self.text(layout.key, channel_tile(self.count, layout.key.channels, warp_size(device)))
+
     def _function(self, layout: ChannelLayout, tile: Tile) -> Function | None:
         key = layout, tile.fits
         if key not in self._functions:

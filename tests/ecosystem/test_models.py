@@ -39,7 +39,7 @@ def both(model: Model):  # type: ignore[no-untyped-def]
 
 @pytest.mark.skipif(not FOUND, reason="no other library is installed (pip install --no-deps snntorch spikingjelly norse sinabs)")
 @pytest.mark.parametrize("name", FOUND)
-def test_model(name):
+def test_model(op_by_op, name):
     model = FOUND[name]
     torch._dynamo.reset()
     counters.clear()

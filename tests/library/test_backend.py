@@ -53,9 +53,14 @@ def check(case, mode: str, steps: int) -> None:  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
-@pytest.mark.parametrize("mode", ["s", "m"])
-def test_stateful(case, mode):
-    check(case, mode, 5)
+def test_stateful(case):
+    check(case, "m", 5)
+
+
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+def test_single_steps(op_by_op, case):
+    """In the user's own loop."""
+    check(case, "s", 5)
 
 
 @pytest.mark.parametrize("case", MULTI_STEP, ids=str)
