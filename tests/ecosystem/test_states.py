@@ -12,6 +12,8 @@ from snn_compile.backend import snn
 from snn_compile.compat import prepare
 from tests.ecosystem.models import has
 
+pytestmark = pytest.mark.usefixtures("op_by_op")
+
 
 class OverTime(nn.Module):
     """Calls a module step by step; its states stay in it."""

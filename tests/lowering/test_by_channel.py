@@ -14,6 +14,8 @@ from snn_compile.lowering import by_channel
 from tests.lowering.channel_layers import LAYERS, Layer, run
 from tests.passes.capture import Spike
 
+pytestmark = pytest.mark.usefixtures("op_by_op")
+
 
 @pytest.fixture
 def calls(fresh, monkeypatch):

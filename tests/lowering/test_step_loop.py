@@ -12,6 +12,8 @@ from snn_compile.lowering.cpp import interpreter
 from snn_compile.lowering.step_runner import StepRunner
 from tests.passes.capture import Spike
 
+pytestmark = pytest.mark.usefixtures("op_by_op")
+
 
 @pytest.fixture
 def loops(fresh, monkeypatch):
