@@ -7,6 +7,8 @@ from torch import nn
 from snn_compile.backend import snn
 from snn_compile.explain import explain
 
+pytestmark = pytest.mark.usefixtures("op_by_op")
+
 
 class Cells(nn.Module):
     def __init__(self, kind: str, bias: bool) -> None:
