@@ -142,8 +142,8 @@ def runs_by_channel(program: Program, target: Target) -> bool:
 
 
 @dataclass(frozen=True)
-class BoundCall:
-    """Everything about a call but addresses."""
+class ChannelCall:
+    """Everything about a call of a `ChannelKernel` but addresses."""
 
     strides: ctypes.Array[ctypes.c_int64]
     numbers: tuple[int, ...]
@@ -156,7 +156,7 @@ class ChannelKernel:
 
     def __init__(self, source: ChannelSource) -> None:
         self.source = source
-        self._bound: dict[object, BoundCall | None] = {}
+        self._bound: dict[object, ChannelCall | None] = {}
 
     @functools.cached_property
     def _function(self) -> Callable[..., None]:
@@ -185,7 +185,7 @@ class ChannelKernel:
         self._function(pointers, bound.strides, *bound.numbers, scratch.data_ptr())
         return True
 
-    def _bind(self, operands: Sequence[Operand], steps: int) -> BoundCall:
+    def _bind(self, operands: Sequence[Operand], steps: int) -> ChannelCall:
         source = self.source
         n, channels, *space = source.shape
         rows, inner = (n * math.prod(space), BLOCK) if source.is_channels_last else (n, math.prod(space))
@@ -198,7 +198,7 @@ class ChannelKernel:
         size = sum(o.tensor.nbytes for o in operands if o.timed)
         streaming = size >= STREAM_BYTES and inner >= 256
         layout = (min(torch.get_num_threads(), rows), shared) if source.is_channels_last else (inner, streaming)
-        return BoundCall((ctypes.c_int64 * len(strides))(*strides), (steps, channels, rows, *layout, threads), scratch)
+        return ChannelCall((ctypes.c_int64 * len(strides))(*strides), (steps, channels, rows, *layout, threads), scratch)
 
 
 class GpuChannelKernel:

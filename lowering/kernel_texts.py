@@ -98,14 +98,15 @@ def _channel_texts(stepped: SteppedRecurrence, device: torch.device) -> list[tup
     )
     assert stepped.step is not None
     examples = [n.meta["val"] for n in stepped.step.graph.find_nodes(op="placeholder")]
-    first, last = len(stepped.carries), len(stepped.carries) + len(stepped.xs)
+    inits, xs, consts = stepped.split(examples)
     steps = 2
+
+    def memory(value: Tensor, *times: int) -> Tensor:
+        strides = (*(value.numel() for _ in times), *value.stride())
+        return torch.empty_strided((*times, *value.shape), strides, dtype=value.dtype, device=device)
+
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-        sizes = [((steps,) * (first <= i < last), (v.numel(),) * (first <= i < last)) for i, v in enumerate(examples)]
-        operands = [
-            torch.empty_strided((*size, *v.shape), (*stride, *v.stride()), dtype=v.dtype, device=device)
-            for v, (size, stride) in zip(examples, sizes, strict=True)
-        ]
+        operands = [*map(memory, inits), *(memory(x, steps) for x in xs), *map(memory, consts)]
         results = run_stepped(plain, recorder, operands, steps)
         if plain.backward is not None:
             cotangents = [r for r, d in zip(results, plain.differentiable, strict=False) if d]
@@ -117,8 +118,7 @@ def _forgetful(program: Program) -> Program:
     """With kernels that do not know what was compiled of them, so that none is remembered that is only noted."""
 
     def copied(units: Sequence[Region | Call]) -> list[Region | Call]:
-        plain = {id(u): replace(u.kernel, kernels={}, launches={}) for u in units if isinstance(u, Region)}
-        return [replace(u, kernel=plain[id(u)]) if isinstance(u, Region) else u for u in units]
+        return [replace(u, kernel=replace(u.kernel, kernels={}, launches={})) if isinstance(u, Region) else u for u in units]
 
     return replace(program, prologue=copied(program.prologue), units=copied(program.units))
 

@@ -37,5 +37,5 @@ def why_transformed(graph: fx.Graph) -> Rejection | None:
 
 
 def _creates_graph(node: fx.Node) -> bool:
-    position = 4
-    return bool(node.kwargs.get("create_graph", node.args[position] if len(node.args) > position else False))
+    """The fifth parameter of `torch.autograd.grad`."""
+    return bool(node.kwargs.get("create_graph", node.args[4:5] and node.args[4]))

@@ -322,10 +322,10 @@ class _Writer:
             parts = [f"{name}_{part} = strides[{3 * i + j}]" for j, part in enumerate(("step", "row", "channel"))]
             self.line(f"const int64_t {', '.join(parts)};")
 
-    def _address(self, name: str, slot: int, at: str | None) -> str:
+    def _address(self, name: str, slot: int, at: str | None, channel: str = "channel") -> str:
         step = f" + {at} * {name}_step" if at else ""
         row = f" + row * {name}_row" if self.is_whole(slot) else ""
-        return f"{name}{step} + channel * {name}_channel{row}"
+        return f"{name}{step} + {channel} * {name}_channel{row}"
 
     def _body(self) -> list[str]:
         head, self.lines = self.lines, []
@@ -455,7 +455,7 @@ class _Writer:
         for g in self.given:
             if g.kind in ("series", "before") and self.is_whole(g.slot):
                 name, at = {"series": ("init", "t_ahead"), "before": ("after", "(t_ahead ? t_ahead - 1 : 0)")}[g.kind]
-                address = self._address(self.tensor[name, g.slot], g.slot, at).replace("channel *", "channel_ahead *", 1)
+                address = self._address(self.tensor[name, g.slot], g.slot, at, "channel_ahead")
                 asked.append(f"if (ahead) prefetch({address}, inner * sizeof(float));")
                 self.helpers.add("prefetch")
         self.lines[self.last_rows : self.last_rows] = [f"{'  ' * (self.depth + 1)}{line}" for line in asked]

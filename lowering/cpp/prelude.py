@@ -220,7 +220,7 @@ static inline {real} choose(bool condition, {real} yes, {real} no) {{  // by bit
     "bf16": Helper(_BF16),
     "fp16": Helper(_FP16),
     **{f"v{name}.{real}": _transcendental(name, real) for name in _SLEEF for real in ("float", "double")},
-    "vexp.float": Helper(_EXP),
+    "vexp.float": Helper(_EXP),  # (in place of Sleef's)
     **{f"sigmoid.{real}": _sigmoid(real) for real in ("float", "double")},
     **{
         f"sigmoid_of_one.{real}": Helper(f"""
