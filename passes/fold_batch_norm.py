@@ -51,7 +51,7 @@ def _multiply_add(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """``addcmul(shift, x, scale)``, scale and shift with a dim of 1 for every dim behind the channels."""
     given = arguments(node)
     operands = tuple(given[name] for name in ("running_mean", "running_var", "weight", "bias", "eps"))
-    both = emit(graph, "call_function", scale_and_shift._opoverload, operands, {})
+    both = emit(graph, "call_function", scale_and_shift, operands, {})
     space = (1,) * (example(given["input"]).dim() - 2)
 
     def value(i: int, name: str) -> fx.Node:
