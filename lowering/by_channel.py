@@ -25,7 +25,7 @@ from snn_compile.lowering.cpp import compiler
 from snn_compile.lowering.cpp import target as cpp
 from snn_compile.lowering.cpp.by_channel import BLOCK, ChannelSource, generate
 from snn_compile.lowering.cpp.names import identifier
-from snn_compile.lowering.cpp.plan import STREAM_BYTES
+from snn_compile.lowering.cpp.plan import is_streamed
 from snn_compile.lowering.launch import MOST_LAUNCHES, Direction, Target
 from snn_compile.lowering.triton import channel_kernel as triton
 from snn_compile.lowering.triton.channel_layout import Place, place
@@ -196,7 +196,7 @@ class ChannelKernel:
         scratch = 4 * (1 if shared else threads) * source.buffers * rows * inner + 16 * threads * source.sums * BLOCK
         strides = [s for o in operands for s in o.strides(len(source.shape), source.is_channels_last)]
         size = sum(o.tensor.nbytes for o in operands if o.timed)
-        streaming = size >= STREAM_BYTES and inner >= 256
+        streaming = is_streamed(size, 4 * inner)
         layout = (min(torch.get_num_threads(), rows), shared) if source.is_channels_last else (inner, streaming)
         return ChannelCall((ctypes.c_int64 * len(strides))(*strides), (steps, channels, rows, *layout, threads), scratch)
 

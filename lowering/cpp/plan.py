@@ -15,6 +15,7 @@ SCRATCH_BYTES = 1 << 20
 SERIAL_WORK = 1 << 15
 #: Bytes of results from which on they are stored past the caches.
 STREAM_BYTES = 1 << 22
+LINE = 64
 #: Fewest lanes of a block whose backward would rather have short segments than fewer lanes.
 FEWEST_LANES = 512
 
@@ -48,6 +49,12 @@ def plan(source: KernelSource, sizes: tuple[int, ...], steps: int, threads: int)
     segments = _ceil(steps, segment) if steps else 0
     scratch = capacity * (segment * source.record_bytes + segments * source.checkpoint_bytes)
     return Plan(threads, lanes, block_rows, max(1, segment), _ceil(scratch, 64) * 64)
+
+
+def is_streamed(results: int, row: int) -> bool:
+    """Whether results of so many bytes are stored past the caches, in rows of so many bytes. Where the end of a row and the start
+    of the next share a cache line, that line is read again: the more of them, the less is gained (measured: nothing at 784)."""
+    return results >= STREAM_BYTES and (row >= 1024 or row >= 2 * LINE and row % LINE == 0)
 
 
 def _most_lanes(source: KernelSource, steps: int) -> int:

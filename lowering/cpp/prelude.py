@@ -17,16 +17,17 @@ _STREAM = """
 static inline void stream(void* to, const void* from, int64_t bytes) {
   char* target = static_cast<char*>(to);
   const char* source = static_cast<const char*>(from);
+  const int64_t head = min(bytes, static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) % 64));  // up to a cache line
+  __builtin_memcpy(target, source, head);
+  target += head, source += head, bytes -= head;
 #if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
-  typedef float chunk __attribute__((vector_size(64), aligned(4), may_alias));
-  if (reinterpret_cast<uintptr_t>(to) % 64 == 0)
-    for (; bytes >= 64; bytes -= 64, target += 64, source += 64)
-      __builtin_ia32_movntps512(reinterpret_cast<float*>(target), *reinterpret_cast<const chunk*>(source));
+  typedef float chunk __attribute__((vector_size(64), aligned(1), may_alias));
+  for (; bytes >= 64; bytes -= 64, target += 64, source += 64)
+    __builtin_ia32_movntps512(reinterpret_cast<float*>(target), *reinterpret_cast<const chunk*>(source));
 #elif defined(__AVX__) && defined(__GNUC__) && !defined(__clang__)
-  typedef float chunk __attribute__((vector_size(32), aligned(4), may_alias));
-  if (reinterpret_cast<uintptr_t>(to) % 32 == 0)
-    for (; bytes >= 32; bytes -= 32, target += 32, source += 32)
-      __builtin_ia32_movntps256(reinterpret_cast<float*>(target), *reinterpret_cast<const chunk*>(source));
+  typedef float chunk __attribute__((vector_size(32), aligned(1), may_alias));
+  for (; bytes >= 32; bytes -= 32, target += 32, source += 32)
+    __builtin_ia32_movntps256(reinterpret_cast<float*>(target), *reinterpret_cast<const chunk*>(source));
 #endif
   __builtin_memcpy(target, source, bytes);
 }
@@ -164,7 +165,7 @@ HELPERS: dict[str, Helper] = {
     "min": Helper("""
 static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 """),
-    "stream": Helper(_STREAM),
+    "stream": Helper(_STREAM, ("min",)),
     "prefetch": Helper("""
 static inline void prefetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);

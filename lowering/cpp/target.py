@@ -14,7 +14,7 @@ from torch import Tensor
 from snn_compile.ir.recurrence import Recurrence
 from snn_compile.lowering.cpp import compiler
 from snn_compile.lowering.cpp.codegen import generate
-from snn_compile.lowering.cpp.plan import STREAM_BYTES, Plan, plan
+from snn_compile.lowering.cpp.plan import Plan, is_streamed, plan
 from snn_compile.lowering.cpp.writer import KernelSource, Parameter
 from snn_compile.lowering.launch import Direction, Kernel
 from snn_compile.lowering.layout import Layout, Placement
@@ -85,16 +85,17 @@ class _CompiledKernel:
         if kind == "steps":
             return steps
         if kind == "streaming":
-            return self._is_streaming(tensors, now)
+            return self._is_streaming(tensors, min(now.block_lanes, placement.sizes[-1]))
         return getattr(now, kind)
 
     def _first_step(self, tensor: Tensor, stride_t: int, steps: int, i: int) -> int:
         """Bytes from the tensor's first element to that of the first step."""
         return (steps - 1) * stride_t * tensor.element_size() if i in self._reversed and steps else 0
 
-    def _is_streaming(self, tensors: Sequence[Tensor], now: Plan) -> bool:
-        total = sum(tensors[i].numel() * tensors[i].element_size() for i in self.source.streamed)
-        return total >= STREAM_BYTES and now.block_lanes >= 256
+    def _is_streaming(self, tensors: Sequence[Tensor], lanes: int) -> bool:
+        results = [tensors[i] for i in self.source.streamed]
+        bytes_of_results = sum(r.nbytes for r in results)
+        return all(is_streamed(bytes_of_results, lanes * r.element_size()) for r in results)
 
 
 class BoundCall:

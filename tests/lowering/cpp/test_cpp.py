@@ -360,13 +360,23 @@ def test_a_missing_cotangent_is_zero() -> None:
     check(case, r, operands_of(r, 6, (70,)), 6, no_cotangent=True)
 
 
-def test_large_results_are_streamed() -> None:
+@pytest.mark.parametrize("size", (1 << 19, (1 << 19) + 3))
+def test_large_results_are_streamed(size: int) -> None:
     case = CASES["lif"]
     r = case.traced()
-    operands = operands_of(r, 3, (1 << 19,))
-    assert 3 * operands[0].numel() * 4 > plan.STREAM_BYTES
+    operands = operands_of(r, 3, (size,))
+    assert plan.is_streamed(3 * operands[0].nbytes, operands[0].nbytes)
     check(case, r, operands, 3)
     check(case, r, [misaligned(o) for o in operands], 3)
+
+
+@pytest.mark.parametrize(("lanes", "streamed"), ((16, False), (32, True), (49, False), (64, True), (196, False), (300, True)))
+def test_short_rows_are_streamed_where_they_are_whole_cache_lines(lanes: int, streamed: bool) -> None:
+    case = CASES["lif"]
+    r = case.traced()
+    rows = (1 << 19) // lanes
+    assert plan.is_streamed(3 * rows * lanes * 4, lanes * 4) is streamed
+    check(case, r, [o[..., :lanes] for o in operands_of(r, 3, (rows, lanes + 5))], 3)  # gaps: the rows stay rows
 
 
 def test_nan_and_infinity_are_those_of_eager() -> None:
