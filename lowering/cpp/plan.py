@@ -54,7 +54,7 @@ def plan(source: KernelSource, sizes: tuple[int, ...], steps: int, threads: int)
 def is_streamed(results: int, row: int) -> bool:
     """Whether results of so many bytes are stored past the caches, in rows of so many bytes. Where the end of a row and the start
     of the next share a cache line, that line is read again: the more of them, the less is gained (measured: nothing at 784)."""
-    return results >= STREAM_BYTES and (row >= 1024 or row >= 2 * LINE and row % LINE == 0)
+    return results >= STREAM_BYTES and (row >= 1024 or (row >= 2 * LINE and row % LINE == 0))
 
 
 def _most_lanes(source: KernelSource, steps: int) -> int:
