@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 
+import torch
 from torch import fx
 from torch._dynamo.utils import counters
 from torch._logging import trace_structured
@@ -47,13 +50,13 @@ def snn(
 
 def _rewrite(gm: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, Report | None]:
     try:
-        new, report = run_pipeline(gm, config)
+        with _no_saved_tensors_hooks():
+            new, report = run_pipeline(gm, config)
     except Exception:
         counters["snn_compile"]["pass_failures"] += 1
         if config.strict:
             raise
-        text = "internal failure: this graph goes to Inductor as it is. Please report it with the graph:\n%s"
-        log.exception(text, gm.graph)
+        log.exception("internal failure: this graph goes to Inductor as it is. Please report it with the graph, %s", _kept(gm))
         return gm, None
     for rejection in report.rejections:
         log.info("left alone: %s", rejection)
@@ -65,6 +68,30 @@ def _rewrite(gm: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, Report
     for listener in listeners:
         listener(report)
     return new, report
+
+
+def _kept(gm: fx.GraphModule) -> str:
+    """Where the graph's text is: in a file, since an unrolled loop has thousands of lines."""
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="snn_compile_graph_", suffix=".txt", delete=False) as file:
+            file.write(f"{gm.graph}\n")
+    except OSError as error:
+        return f"which could not be written to a file: {error}"
+    return f"which is in {file.name}"
+
+
+@contextmanager
+def _no_saved_tensors_hooks() -> Iterator[None]:
+    """The passes differentiate steps while the model's first call runs, and hooks around that call (`torch.utils.checkpoint`,
+    `save_on_cpu`) are for what the model saves: hooks that do nothing take their place."""
+    with ExitStack() as stack:
+        with suppress(RuntimeError):  # hooks are disabled here, so none are set
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_itself, _itself))
+        yield
+
+
+def _itself(saved: torch.Tensor) -> torch.Tensor:
+    return saved
 
 
 def _summary(report: Report) -> str:

@@ -4,6 +4,7 @@ number. Machines without a compiler, with a full disk or with four compilers at 
 from __future__ import annotations
 
 import concurrent.futures
+import logging
 import os
 import subprocess
 import sys
@@ -48,6 +49,23 @@ def test_misspelled_option_says_what_was_meant():
     with pytest.raises(Exception, match="'batch_tme'; did you mean 'batch_time'") as raised:
         torch.compile(lif, backend=snn, options={"batch_tme": False})(torch.randn(3, 4))
     assert isinstance(raised.value, OptionError) or "OptionError" in str(raised.value)
+
+
+def test_an_internal_failure_leaves_the_graph_to_inductor_and_to_the_report(monkeypatch, caplog, tmp_path):
+    def fail(*_):
+        raise AssertionError("a pass is wrong")
+
+    monkeypatch.setattr("snn_compile.backend.run_pipeline", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    x = torch.randn(4, 3)
+    with caplog.at_level("ERROR", "snn_compile"):
+        monkeypatch.setattr(logging.getLogger("snn_compile"), "propagate", True)
+        assert torch.equal(torch.compile(lif, backend=snn)(x), lif(x))
+    (graph,) = tmp_path.glob("snn_compile_graph_*.txt")
+    assert str(graph) in caplog.text and "a pass is wrong" in caplog.text
+    assert "torch.stack" in graph.read_text()
+    with pytest.raises(Exception, match="a pass is wrong"):
+        torch.compile(lambda x: lif(x), backend=snn, options={"strict": True})(x)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])

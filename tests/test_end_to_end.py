@@ -194,6 +194,27 @@ def test_checkpoint():
     assert counters["snn_compile"]["recurrences_lowered"] == 1
 
 
+def checkpointed(compiled):
+    return lambda x: checkpoint(compiled, x, use_reentrant=False)
+
+
+def saved_elsewhere(compiled):
+    def run(x):
+        with torch.autograd.graph.save_on_cpu():
+            return compiled(x)
+
+    return run
+
+
+@pytest.mark.parametrize("around", [checkpointed, saved_elsewhere])
+def test_hooks_of_what_is_saved_around_the_first_call(around):
+    """They are not for what the passes themselves differentiate."""
+    module = Neuron()
+    check_module(module, around(torch.compile(module, backend=snn)), torch.randn(X) * 2)
+    assert counters["snn_compile"]["recurrences_lowered"] == 1
+    assert not counters["snn_compile"]["pass_failures"]
+
+
 class IteratesOverTime(nn.Module):
     """Dynamo takes the steps of a tensor from outside out of a checkpointed region."""
 
