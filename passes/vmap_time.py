@@ -36,7 +36,7 @@ def vmap_time(gm: fx.GraphModule, call: fx.Node, loop: Loop) -> list[fx.Node]:
     in_dims = tuple([0] * len(loop.xs) + [None] * len(loop.consts))
 
     def step(*values: object) -> Sequence[object]:
-        return loop.body(*[None] * n, *values)  # type: ignore[no-any-return]
+        return _MarkingDetached(loop.body).run(*[None] * n, *values)  # type: ignore[no-any-return]
 
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -44,6 +44,29 @@ def vmap_time(gm: fx.GraphModule, call: fx.Node, loop: Loop) -> list[fx.Node]:
             traced = make_fx(torch.vmap(step, in_dims, randomness="different"))(*examples)
     except Exception as error:  # whatever vmap cannot do stays per step: the ways in which it says so are its own
         raise Reject(f"torch.vmap: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+    for node in traced.graph.find_nodes(op="call_function", target=DETACHED):
+        node.target = torch.ops.aten.detach.default
     with gm.graph.inserting_before(call):
         results: Sequence[fx.Node] = Inliner(traced, gm, call).inline(operands)
     return list(results)
+
+
+# ------------------------------------------------------------------------------------------------------------ detached
+
+# What is traced under vmap is below autograd, where a `detach` is just a view, and has been recorded as one (`aten.alias`, torch
+# 2.15): autograd would differentiate through it. It is marked by an op of ours, and is a `detach` again in what was traced.
+_NAME = "snn_compile::detached"
+torch.library.define(_NAME, "(Tensor x) -> Tensor")
+torch.library.impl(_NAME, "CompositeExplicitAutograd", torch.clone)
+torch.library.register_fake(_NAME, torch.empty_like)
+torch.library.register_vmap(_NAME, lambda info, in_dims, x: (DETACHED(x), in_dims[0]))
+DETACHED: torch._ops.OpOverload = torch.ops.snn_compile.detached.default
+
+
+class _MarkingDetached(fx.Interpreter):
+    def call_method(self, target, args, kwargs):  # type: ignore[no-untyped-def]
+        return DETACHED(*args) if target == "detach" else super().call_method(target, args, kwargs)
+
+    def call_function(self, target, args, kwargs):  # type: ignore[no-untyped-def]
+        detaches = (torch.detach, torch.Tensor.detach, torch.ops.aten.detach.default)
+        return DETACHED(*args) if target in detaches else super().call_function(target, args, kwargs)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from snn_compile.errors import Reject
 from snn_compile.passes.batch_time import batch_time
 from snn_compile.passes.distribute import distribute
+from snn_compile.passes.vmap_time import vmap_time
 from tests.passes.capture import Captured, capture, infos, reroll_all, x
 
 
@@ -85,6 +86,19 @@ def test_step_runs_once_by_vmap(name):
     assert all(loop.is_kernel for _, loop in captured.loops())
     names = [t._schema.name.removeprefix("aten::") for t in captured.targets() if isinstance(t, torch._ops.OpOverload)]
     assert 1 <= names.count(op) <= 2, names
+
+
+def test_what_vmap_batches_stays_detached():
+    """Below autograd a `detach` is just a view, and vmap may write down another one in its place."""
+
+    def function(a):
+        return torch.stack([a[t] * a[t].sum(0).detach() for t in range(a.shape[0])])
+
+    captured = capture(function, x())
+    captured.check(reroll_all)
+    ((call, loop),) = captured.loops()
+    vmap_time(captured.gm, call, loop)
+    assert torch.ops.aten.detach.default in captured.targets()
 
 
 def test_reversed_time():
