@@ -15,7 +15,7 @@ Dynamo hands the symbolic sizes of a surrogate's operands to its bodies, whether
 
     x [s0, 8] of a step with calls   ->   x [32, 8]      (with a guard: for the first few sizes)
 
-    trampoline_1(u); trampoline_2(w)   ->   Surrogate.apply(u); Surrogate.apply(w)      (`torch._dynamo.allow_in_graph`)
+    trampoline_1(u); trampoline_2(w)   ->   trampoline_1(u); trampoline_1(w)      (`torch.compiler.allow_in_graph`)
 """
 
 from __future__ import annotations
@@ -80,12 +80,13 @@ def _is_declared_dynamic(size: torch.SymInt) -> bool:
 def name_allowed_functions(gm: fx.GraphModule) -> None:
     """Give every call of one `autograd.Function` that was allowed in the graph one and the same target.
 
-    Dynamo (torch 2.11 to 2.13) makes a new closure ``trampoline(*args) = cls.apply(*args)`` for each call, so that no two calls
-    look alike.
+    Dynamo (torch 2.11 to 2.15) makes a new closure ``trampoline(*args) = cls.apply(*args)`` for each call, so that no two calls
+    look alike. The first one stands for all: FX has no name for ``cls.apply`` itself (torch 2.15).
     """
+    first: dict[type[torch.autograd.Function], fx.node.Target] = {}
     for node in gm.graph.nodes:
         if node.op == "call_function" and (cls := _allowed_function(node.target)) is not None:
-            node.target = cls.apply
+            node.target = first.setdefault(cls, node.target)
 
 
 def _allowed_function(target: object) -> type[torch.autograd.Function] | None:
