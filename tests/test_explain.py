@@ -127,7 +127,7 @@ def test_branch_on_data_is_a_graph_break() -> None:
 
     found = snn_compile.explain(f)(torch.randn(4, 3))
     (graph_break,) = [b for b in found.graph_breaks if "Data-dependent" in b.reason]
-    assert "test_explain.py:" in graph_break.location or torch.__version__ < "2.12"  # (of which Dynamo does not count the places)
+    assert "test_explain.py:" in graph_break.location or torch.__version__ < "2.12"  # (its Dynamo names no place)
     assert "Graph breaks" in str(found)
 
 
