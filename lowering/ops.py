@@ -54,6 +54,11 @@ def _unary(name: str, cpp: Expression, triton: Expression, **kw: object) -> Poin
     return PointwiseOp((f"{name}.default",), cpp, triton, **kw)  # type: ignore[arg-type]
 
 
+def _shifts(side: str) -> tuple[str, ...]:
+    dunder = f"__{side[0]}shift__"
+    return (f"bitwise_{side}_shift.Tensor", f"bitwise_{side}_shift.Tensor_Scalar", f"{dunder}.Tensor", f"{dunder}.Scalar")
+
+
 ROWS: tuple[PointwiseOp, ...] = (
     # ------------------------------------------------------------------------------------------------- arithmetic
     PointwiseOp(("add.Tensor", "add.Scalar"), cpu.add, gpu.add),
@@ -92,6 +97,8 @@ ROWS: tuple[PointwiseOp, ...] = (
     PointwiseOp(("bitwise_and.Tensor", "bitwise_and.Scalar"), "{0} & {1}", "{0} & {1}"),
     PointwiseOp(("bitwise_or.Tensor", "bitwise_or.Scalar"), "{0} | {1}", "{0} | {1}"),
     PointwiseOp(("bitwise_xor.Tensor", "bitwise_xor.Scalar"), "{0} ^ {1}", "{0} ^ {1}"),
+    PointwiseOp(_shifts("left"), cpu.shift("<<"), gpu.shift("<<")),
+    PointwiseOp(_shifts("right"), cpu.shift(">>"), gpu.shift(">>")),
     PointwiseOp(
         ("where.self", "where.ScalarOther", "where.ScalarSelf"),
         cpu.where,
@@ -174,6 +181,8 @@ def is_supported(node: fx.Node) -> bool:
     if name not in TABLE:
         return False
     dtypes = [a.meta["val"].dtype for a in node.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)]
+    if "shift" in name and node.meta["val"].dtype.is_floating_point:  # a product with a power of two; deprecated
+        return False
     return all(d in DTYPES for d in [*dtypes, node.meta["val"].dtype]) and _has_bounds_in_range(node)
 
 

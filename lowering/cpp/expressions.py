@@ -133,6 +133,20 @@ def bitwise_not(operands: list[str], node: fx.Node) -> str:
     return f"{'!' if node.meta['val'].dtype == torch.bool else '~'}{operands[0]}"
 
 
+def shift(operator: str) -> Expression:
+    """``a << b`` or ``a >> b`` of integers; all bits are shifted out where b is negative or no less than their number."""
+
+    def expression(operands: list[str], node: fx.Node) -> str:
+        (a, b), by, dtype = operands, node.args[1], node.meta["val"].dtype
+        bits = 8 * dtype.itemsize
+        nothing = "0" if operator == "<<" or dtype == torch.uint8 else f"{a} >> {bits - 1}"
+        if isinstance(by, fx.Node):
+            return f"{b} < 0 || {b} >= {bits} ? {nothing} : {a} {operator} {b}"
+        return f"{a} {operator} {b}" if 0 <= by < bits else nothing  # type: ignore[operator]
+
+    return expression
+
+
 def heaviside(operands: list[str], node: fx.Node) -> str:
     x, at_zero = operands
     return f"{x} == 0 ? {at_zero} : {HELD[_dtype(node)]}({x} > 0)"

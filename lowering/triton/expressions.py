@@ -162,6 +162,20 @@ def bitwise_not(operands: list[str], node: fx.Node) -> str:
     return f"{operands[0]} ^ 255" if dtype == torch.uint8 else f"~{operands[0]}"
 
 
+def shift(operator: str) -> Expression:
+    """``a << b`` or ``a >> b`` of integers; all bits are shifted out where b is negative or no less than their number."""
+
+    def expression(operands: list[str], node: fx.Node) -> str:
+        (a, b), by, dtype = operands, node.args[1], node.meta["val"].dtype
+        bits = 8 * dtype.itemsize
+        nothing = f"{a} ^ {a}" if operator == "<<" or dtype == torch.uint8 else f"{a} >> {bits - 1}"
+        if isinstance(by, fx.Node):
+            return f"tl.where(({b} < 0) | ({b} >= {bits}), {nothing}, {a} {operator} {b})"
+        return f"{a} {operator} {b}" if 0 <= by < bits else nothing  # type: ignore[operator]
+
+    return expression
+
+
 def heaviside(operands: list[str], node: fx.Node) -> str:
     step = f"({operands[0]} > 0)"
     if node.meta["val"].dtype != torch.bool:

@@ -26,11 +26,15 @@ LENGTHS = (1, 7, 16, 1003)
 
 CALLS_A_KERNEL = 64
 
+SHIFTS = [(f"bitwise_{side}_shift", "Tensor_Scalar") for side in ("left", "right")]
+SHIFTS += [(f"__{side}shift__", "Scalar") for side in ("l", "r")]
+
 #: What is passed for a number of the schema, by overload; None among them: the argument is left out.
 NUMBERS: dict[str, tuple[float | int | None, ...]] = {
     "pow.Tensor_Scalar": (2, 3, 0.5, -0.5, -1, -2, 1, 0, 2.5, -1.3, 4),
     "pow.Scalar": (2.0, 0.3),
     "hardtanh.default": (None,),
+    **{f"{name}.{kind}": (0, 1, 3, 7, 8, 31, 63, -1) for name, kind in SHIFTS},
 }
 #: Called with operands of other dtypes too: a dimensionless fp32 tensor `w`, an integer tensor `k`, a bool tensor.
 MIXED = ("add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "gt.Tensor", "maximum.default")
@@ -138,7 +142,7 @@ def inputs(dtype: torch.dtype, length: int) -> dict[str, Tensor]:
 
 def _refused(call: Call, dtype: torch.dtype) -> bool:
     """Eager, or the table, refuses the call for this dtype."""
-    if "pow" in call.overload and dtype == torch.bool:
+    if dtype == torch.bool and ("pow" in call.overload or "shift" in call.overload):
         return True
     if call.overload.startswith("clamp") and dtype == torch.uint8 and -1 in call.args:
         return True  # `test_bounds_out_of_range`

@@ -46,6 +46,9 @@ INTEGER_CASES: dict[str, list[tuple[Any, ...]]] = {
     "bitwise_not.default": [("x",)],
     **{f"bitwise_{op}.Tensor": [("x", "y")] for op in ("and", "or", "xor")},
     **{f"bitwise_{op}.Scalar": [("x", 6)] for op in ("and", "or", "xor")},
+    **{f"bitwise_{side}_shift.Tensor": [("x", "y")] for side in ("left", "right")},
+    **{f"bitwise_{side}_shift.Tensor_Scalar": [("x", 3), ("x", 70), ("x", -1)] for side in ("left", "right")},
+    **{f"__{side}shift__.{kind}": [("x", b)] for side in ("l", "r") for kind, b in (("Scalar", 2), ("Tensor", "y"))},
     "add.Tensor": [("x", "y"), ("x", 1), ("x", "y", {"alpha": 3}), ("x", 0.5)],
     "sub.Tensor": [("x", 1)],
     "rsub.Scalar": [("x", 7)],
@@ -92,7 +95,7 @@ def arguments(overload: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:
         return BOOL_CASES.get(overload, [])
     if not dtype.is_floating_point:
         return INTEGER_CASES.get(overload, [])
-    return [] if overload.startswith("bitwise") else float_arguments(overload)
+    return [] if "bitwise" in overload or "shift" in overload else float_arguments(overload)
 
 
 #: Eager on the CPU: the square root of its vector library is not correctly rounded, and its sigmoid has an exponential
