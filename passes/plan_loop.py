@@ -49,6 +49,11 @@ class LoopPlan:
     def exists(self, residue: int, t: int) -> bool:
         return self.start + t * self.period + residue < self.stop
 
+    def _first(self) -> fx.Node:
+        """The first op of a step that is of some place in the user's code: switches of autocast are not."""
+        step = [self.node(residue, self.template) for residue in range(self.period)]
+        return next(filter(user_location, step), step[0])
+
     def absorb_tail(self) -> None:
         """Take in a last iteration that lacks its dead end, where its values are collected like all others'."""
         tail = self.run.stop - self.stop
@@ -408,9 +413,8 @@ class LoopPlan:
         # (FX takes a method call for pure, even `counter.add_(1)`)
         self.body.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() or is_write(n))
         body = fx.GraphModule(self.root, self.body, class_name="Body")
-        first = self.node(0, self.template)
-        loop = Loop(name, self.count, body, carries, loop_xs, loop_consts, [s for s, _ in self.outputs], user_location(first))
-        return loop
+        place = user_location(self._first())
+        return Loop(name, self.count, body, carries, loop_xs, loop_consts, [s for s, _ in self.outputs], place)
 
     def _last(self, residue: int) -> int:
         return self.count - 1 if self.exists(residue, self.count - 1) else self.count - 2
@@ -475,7 +479,7 @@ class LoopPlan:
             operands += [source.emit(graph) for _, source in self.inputs]  # type: ignore[attr-defined]
             operands += list(self.consts)
             call = graph.call_module(loop.name, tuple(operands))
-            call.meta = {"stack_trace": self.node(0, self.template).meta.get("stack_trace")}
+            call.meta = {"stack_trace": self._first().meta.get("stack_trace", "")}
             results = {}
             for i, y in enumerate(loop.ys):
                 results[i] = graph.call_function(operator.getitem, (call, i))

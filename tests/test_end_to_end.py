@@ -12,6 +12,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
+import snn_compile
 from snn_compile.backend import snn
 from snn_compile.lowering.cpp import compiler
 from tests import zoo
@@ -183,6 +184,29 @@ def test_autocast():
         got = train_once(compiled, module, x)
     assert expected[0].dtype == torch.bfloat16 and torch.equal(expected[0], got[0])
     assert counters["snn_compile"]["recurrences_lowered"] == 1
+    for a, b in zip(expected[1], got[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-6 * float(a.abs().max()))
+
+
+def test_autocast_around_a_layer_of_each_step():
+    layer = nn.Linear(7, 5)
+
+    def network(x):
+        v, out = torch.zeros(6, 5), []
+        for t in range(x.shape[0]):
+            with torch.autocast("cpu", torch.bfloat16):
+                current = layer(x[t])
+            v = 0.9 * v + current.float()
+            s = zoo.Sigmoid.apply(v - 1.0, 4.0)
+            v = v - s
+            out.append(s)
+        return torch.stack(out)
+
+    x = torch.randn(X) * 2
+    expected, got = (train_once(f, layer, x) for f in (network, torch.compile(network, backend=snn)))
+    (report,) = snn_compile.explain(network)(x).recurrences
+    assert "test_end_to_end.py:" in report.location  # (the switch of autocast, the step's first op, is of no place)
+    assert torch.equal(expected[0], got[0]) and expected[0].std() > 0
     for a, b in zip(expected[1], got[1], strict=True):
         torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-6 * float(a.abs().max()))
 
