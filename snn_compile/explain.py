@@ -33,6 +33,7 @@ HINTS = (
     ("do not follow one rule", "make every iteration run the same operations: no `if` on t, no list indexed by t"),
     ("nothing is carried", "no state passes from step to step: apply it to all steps at once"),
     ("moves with t", "read one step at a time, x[t]"),
+    ("invalid gradient", "let the surrogate give its gradients of the step's shape: autograd sums each to its operand's shape"),
     ("complex dtype", "keep real and imaginary parts in two real tensors"),
 )
 

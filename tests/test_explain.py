@@ -131,6 +131,37 @@ def test_branch_on_data_is_a_graph_break() -> None:
     assert "Graph breaks" in str(found)
 
 
+class SummedThreshold(torch.autograd.Function):
+    """Its backward sums the gradient of the threshold to its shape, as autograd would have done."""
+
+    @staticmethod
+    def forward(ctx, v, threshold):
+        ctx.save_for_backward(v - threshold)
+        return (v >= threshold).float()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (distance,) = ctx.saved_tensors
+        found = gradient / (1 + distance.abs()) ** 2
+        return found, -found.sum(0)
+
+
+def test_a_gradient_that_is_summed_over_the_batch_is_left_alone_with_a_hint() -> None:
+    threshold = torch.ones(3, requires_grad=True)
+
+    def f(x):
+        v, out = torch.zeros_like(x[0]), []
+        for t in range(len(x)):
+            v = v * 0.5 + x[t]
+            s = SummedThreshold.apply(v, threshold)
+            v = v - s
+            out.append(s)
+        return torch.stack(out)
+
+    found = str(snn_compile.explain(f)(torch.randn(6, 4, 3)))
+    assert "invalid gradient" in found and "autograd sums each to its operand's shape" in found
+
+
 def test_a_sum_of_two_is_no_loop(monkeypatch) -> None:
     """Two residuals, two losses: Inductor fuses them; as a loop, each would be copied into a series first."""
 
