@@ -99,6 +99,14 @@ def stepped(device: str) -> str:
 """
 
 
+def folding(device: str) -> str:
+    return f"""In evaluation, batch norm of the potential is a scale and a shift in the kernel (`passes/fold_batch_norm`): the
+neuron with it in turns with the same neuron without (`benchmarks/folding.py`).
+
+{table(f"folding_{device}", ["neuron", "shape", "framework", "first_call_s", "step_ms", "speed_vs_eager", "cost_vs_lif"])}
+"""
+
+
 def open_neuromorphic(device: str) -> str:
     columns = ["N", "framework", "first_call_s", "median_ms", "snn_is_faster_by"]
     return f"""Linear(N, N) and LIF neurons, B=16, T=500, a training step, every framework with its own neuron and its own
@@ -125,6 +133,7 @@ SECTIONS = (
     ("neurons", "Single neurons, against T and N", neurons),
     ("networks", "Whole networks", networks),
     ("stepped", "Recurrences that are more than pointwise", stepped),
+    ("folding", "Batch norm of the potential in evaluation", folding),
     ("open_neuromorphic", "Open Neuromorphic's layer", open_neuromorphic),
     ("memory", "Peak memory", memory),
 )

@@ -15,7 +15,7 @@ from _device import SUFFIX, chosen
 
 HERE = Path(__file__).parent
 #: parts that measure any device, and those about the CPU's kernels and the compiler itself
-ANY_DEVICE = ("neurons", "networks", "stepped", "open_neuromorphic", "memory")
+ANY_DEVICE = ("neurons", "networks", "stepped", "folding", "open_neuromorphic", "memory")
 CPU_ONLY = ("spike_products", "lif_training", "first_call")
 #: minutes, of which no speed comes: when it is named, or with `--all`
 LONG = ("loss_curves",)

@@ -8,6 +8,7 @@ import subprocess
 
 import _device
 import _harness as h
+import folding
 import memory
 import networks
 import neurons
@@ -88,6 +89,15 @@ def test_networks(fresh, training, autocast):
 def test_stepped(fresh):
     case = stepped.Case(lambda: stepped.RecurrentLIF(6, 5), (40, 3, 6), inductor=False, scale=2.5)
     assert frameworks(stepped.measure("recurrent LIF", case, CPU)) == ["eager", "snn"]
+
+
+@pytest.mark.slow
+def test_folding(fresh, monkeypatch):
+    monkeypatch.setattr(folding, "ROUNDS", 1)
+    found = folding.measure("small", (STEPS, 2, 3, 2, 2), CPU)
+    assert frameworks(found) == 2 * ["eager", "inductor", "snn"]
+    assert all(r["compiled"] == "1 kernels" for r in found if r["framework"] == "snn")
+    assert all(float(r["cost_vs_lif"]) == 1 for r in found if r["neuron"] == folding.WITHOUT)
 
 
 @pytest.mark.slow
