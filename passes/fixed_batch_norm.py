@@ -79,45 +79,6 @@ def eager_multiplies_and_adds(device: torch.device, dtype: torch.dtype) -> bool:
         return torch.equal(F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps), torch.addcmul(shift, x, scale))
 
 
-# --------------------------------------------------------------------------------------------------- scale and shift
-
-_NAME = "snn_compile::batch_norm_scale_and_shift"
-
-
-def _scale_and_shift(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """With eager's own rounding, as `eager_multiplies_and_adds` tries out."""
-    scale = (var + eps).rsqrt_()
-    if weight is not None:
-        scale.mul_(weight)
-    return scale, torch.addcmul(torch.zeros_like(mean) if bias is None else bias, mean, scale, value=-1)
-
-
-def _empty(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(var), torch.empty_like(mean)
-
-
-# (`torch.library.custom_op` would do, but its wrappers take longer than the op)
-torch.library.define(
-    _NAME,
-    "(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps) -> (Tensor scale, Tensor shift)",
-    tags=[torch.Tag.pt2_compliant_tag],
-)
-torch.library.impl(_NAME, "CompositeExplicitAutograd", _scale_and_shift)
-torch.library.register_fake(_NAME, _empty)
-#: ``scale = weight/sqrt(var + eps)``, ``shift = bias - mean*scale``, each ``[C]``.
-scale_and_shift: torch._ops.OpOverload = torch.ops.snn_compile.batch_norm_scale_and_shift.default
-
-
-def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    mean, var, _, _, ctx.eps = inputs
-    ctx.save_for_backward(mean, var)
-
-
-def _backward(ctx, grad_scale, grad_shift):  # type: ignore[no-untyped-def]
-    mean, var = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    grad_weight = (grad_scale - mean * grad_shift) * torch.rsqrt(var + ctx.eps) if needs[2] else None
-    return None, None, grad_weight, grad_shift if needs[3] else None, None
-
-
-torch.library.register_autograd(_NAME, _backward, setup_context=_keep)
+def _scale_and_shift(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    scale = torch.rsqrt(var + eps) * weight
+    return scale, torch.addcmul(bias, mean, scale, value=-1)

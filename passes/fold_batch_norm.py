@@ -1,7 +1,7 @@
 """A batch norm with fixed statistics, in a neuron, becomes one multiply-add a lane.
 
     for t: h = charge(v, x[t]); y = batch_norm(h, mean, var, w, b, training=False); s = H(y - threshold); …
-    ->  scale, shift = w/sqrt(var + eps), b - mean*scale           once a call, from eager's own batch norm
+    ->  scale, shift = w/sqrt(var + eps), b - mean*scale           in the kernel, before its time loop
         for t: h = charge(v, x[t]); y = h*scale + shift; s = H(y - threshold); …
 
 so that a neuron with batch norm of its potential is one kernel, at the cost of a plain one: scale and shift stay in registers.
@@ -14,22 +14,22 @@ the trial fails.
 
 from __future__ import annotations
 
-from operator import getitem
+from collections.abc import Callable
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from snn_compile.ir.loop import Loop
 from snn_compile.ir.values import example
 from snn_compile.passes.classify import IsPointwiseOp, classify
 from snn_compile.passes.distribute import find_groups
 from snn_compile.passes.emit import emit
-from snn_compile.passes.fixed_batch_norm import arguments, is_fixed_batch_norm, scale_and_shift
+from snn_compile.passes.fixed_batch_norm import arguments, is_fixed_batch_norm
 from snn_compile.passes.hoist import find_invariant
 
 
 def fold_batch_norm(loop: Loop, is_pointwise_op: IsPointwiseOp) -> int:
-    """Rewrite the body of `loop`; gives the number of batch norms folded. `passes/hoist` takes scale and shift out."""
+    """Rewrite the body of `loop`; gives the number of batch norms folded."""
     consts = set(loop.placeholders()[len(loop.carries) + len(loop.xs) :])
     fixed = {n for n in loop.body.graph.nodes if is_fixed_batch_norm(n, consts)}
     if not fixed:
@@ -50,13 +50,18 @@ def fold_batch_norm(loop: Loop, is_pointwise_op: IsPointwiseOp) -> int:
 def _multiply_add(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """``addcmul(shift, x, scale)``, scale and shift with a dim of 1 for every dim behind the channels."""
     given = arguments(node)
-    operands = tuple(given[name] for name in ("running_mean", "running_var", "weight", "bias", "eps"))
-    both = emit(graph, "call_function", scale_and_shift, operands, {})
     space = (1,) * (example(given["input"]).dim() - 2)
 
-    def value(i: int, name: str) -> fx.Node:
-        channels = emit(graph, "call_function", getitem, (both, i), {}, name)
-        return emit(graph, "call_method", "reshape", (channels, (-1, *space)), {}, name) if space else channels
+    def channels(name: str) -> fx.Node | None:
+        value = given[name]
+        return emit(graph, "call_method", "reshape", (value, (-1, *space)), {}, name) if value is not None and space else value
 
-    scale, shift = value(0, "scale"), value(1, "shift")
+    def call(function: Callable[..., Tensor], *args: object, name: str, **kwargs: object) -> fx.Node:
+        return emit(graph, "call_function", function, args, kwargs, name)
+
+    mean, var, weight, bias = map(channels, ("running_mean", "running_var", "weight", "bias"))
+    invstd = call(torch.rsqrt, call(torch.add, var, given["eps"], name="var_eps"), name="scale")
+    scale = call(torch.mul, invstd, weight, name="scale") if weight is not None else invstd
+    start = bias if bias is not None else call(torch.zeros_like, mean, name="shift")
+    shift = call(torch.addcmul, start, mean, scale, value=-1, name="shift")
     return graph.call_function(torch.addcmul, (shift, given["input"], scale))

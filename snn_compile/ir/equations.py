@@ -194,6 +194,10 @@ class Infix:
         text, own = self._render(value)
         return f"({text})" if own < level else text
 
+    def atom(self, value: object) -> str:
+        """`value` in parentheses, unless it is a name or a call."""
+        return self.text(value, _ATOM)
+
     def definition(self, node: fx.Node) -> str:
         """The right-hand side of the node's own line."""
         return self._op(node)[0]
@@ -225,8 +229,9 @@ class Infix:
             return f"{self.text(args[0], _ATOM)} {_LOGIC[name]} {self.text(args[1], _ATOM)}", 0
         if name == "_to_copy":
             return self._conversion(args[0])
-        if name == "addcmul" and "value" not in node.kwargs:
-            return f"{self.text(args[1], _PRODUCT)}*{self.text(args[2], _PRODUCT)} + {self.text(args[0], _SUM)}", _SUM
+        if name == "addcmul" and node.kwargs.get("value", 1) in (1, -1):
+            product, rest = f"{self.text(args[1], _PRODUCT)}*{self.text(args[2], _PRODUCT)}", self.text(args[0], _SUM)
+            return f"{rest} - {product}" if "value" in node.kwargs else f"{product} + {rest}", _SUM
         if name == "reciprocal":
             return f"1/{self.text(args[0], _POWER)}", _PRODUCT
         return self._call(node, name, args)

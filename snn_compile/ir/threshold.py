@@ -78,7 +78,7 @@ def _solve(recurrence: Recurrence, found: AffineFire) -> str:
 
     names = writer(recurrence)
     symbols: dict[fx.Node, Any] = {
-        n: sympy.Symbol(names.text(n), real=True)
+        n: sympy.Symbol(names.atom(n), real=True)
         for n in {a for n in (*found.chain, found.fire.compared) for a in n.all_input_nodes} - {*found.chain}
     }
     threshold = limit = to_sympy(found.fire.compared.args[1], symbols, {})
