@@ -2,7 +2,7 @@
 
 for t: for row: for lane: v = v * sigmoid(w) * exp(-dt)        (w a row of parameters, dt a number)
 
-->  exp(-dt) once a kernel, sigmoid(w) once a lane into an array, the rest once a step and lane
+->  exp(-dt) once a kernel, sigmoid(w) once a lane (or a row, where it has but one w) into an array, the rest once a step and lane
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ class Region:
         return [n for n in nodes if n.op == "placeholder" and self.level[n] == level]
 
     def _find_hoisted(self, nodes: Sequence[fx.Node]) -> list[fx.Node]:
-        """The values of a lane that do not change over time, are not free, and that the steps read."""
+        """The values of a row or lane that do not change over time, are not free, and that the steps read."""
         costly: set[fx.Node] = set()
         for node in nodes:
-            if self.level[node] != LANE or node.op == "placeholder":
+            if self.level[node] not in (ROW, LANE) or node.op == "placeholder":
                 continue
             if is_expensive(node) or any(i in costly for i in node.all_input_nodes):
                 costly.add(node)
@@ -140,22 +140,31 @@ class Region:
         nodes = self._closure(missing, stop=lambda node: False)
         for node in missing:
             stem = self.writer.stems.unique(self.invariants.names.copy().unique(wanted_name(node)))
-            array = self.writer.array(f"{stem}_lanes", node.meta["val"].dtype)
-            arrays[self._number(node)] = array
+            of_row = self.level[node] == ROW
+            name, dtype = f"{stem}_{'rows' if of_row else 'lanes'}", node.meta["val"].dtype
+            arrays[self._number(node)] = self.writer.row_array(name, dtype) if of_row else self.writer.array(name, dtype)
+        of_rows, of_lanes = ([n for n in missing if self.level[n] == level] for level in (ROW, LANE))
         with self.writer.rows(self._tensors(nodes)):
-            emitter = self._emit_rows(nodes)
-            with self.writer.lanes():
-                self._emit_lanes(emitter, nodes, {}, missing, set())
-                for node in missing:
-                    array = arrays[self._number(node)]
-                    self.writer.line(f"{self.writer.here(array)} = {emitter.values[node].code};")
+            emitter = self._emit_rows(nodes, of_rows, set())
+            for node in of_rows:
+                self.writer.line(f"{self._element(node)} = {emitter.values[node].code};")
+            if of_lanes:
+                with self.writer.lanes():
+                    self._emit_lanes(emitter, nodes, {}, of_lanes, set())
+                    for node in of_lanes:
+                        self.writer.line(f"{self._element(node)} = {emitter.values[node].code};")
+
+    def _element(self, node: fx.Node) -> str:
+        """Of the array of a hoisted value."""
+        array = self.invariants.arrays[self._number(node)]
+        return f"{array}[row - first_row]" if self.level[node] == ROW else self.writer.here(array)
 
     def tensors(self) -> list[TensorArgument]:
         """The constants that the rows of the lane loop need pointers to."""
         return self._tensors(self.in_lanes)
 
     def emit_rows(self) -> Emitter:
-        return self._emit_rows(self.in_lanes)
+        return self._emit_rows(self.in_lanes, (), set(self.hoisted))
 
     def emit_lanes(self, emitter: Emitter, loads: Mapping[int, str], given: Mapping[fx.Node, str] = EMPTY) -> None:
         """Inside the lane loop: load what changes over time (`loads` by position, `given`), compute the results."""
@@ -170,14 +179,16 @@ class Region:
     def _tensors(self, nodes: Iterable[fx.Node]) -> list[TensorArgument]:
         return [self.constants[n] for n in nodes if n in self.constants and self.level[n] in (ROW, LANE)]
 
-    def _emit_rows(self, nodes: Sequence[fx.Node]) -> Emitter:
+    def _emit_rows(self, nodes: Sequence[fx.Node], kept: Sequence[fx.Node], from_arrays: set[fx.Node]) -> Emitter:
         emitter = Emitter(self.invariants.names.copy(), dict(self.kernel_values), self.writer.helpers)
         for node in self._placeholders(nodes, ROW):
             self.load(emitter, node, self.names[node], self.constants[node].load())
-        row_nodes = [n for n in nodes if self.level[n] == ROW and n.op != "placeholder"]
-        returned = set(self.results.values())
-        kept = [n for n in row_nodes if n in returned or any(self.level.get(u, ROW) > ROW for u in n.users)]
-        self.writer.line(*emitter.statements(row_nodes, kept))
+        for node in (n for n in nodes if n in from_arrays and self.level[n] == ROW):
+            self.load(emitter, node, emitter.names.unique(wanted_name(node)), self._element(node))
+        row_nodes = [n for n in nodes if self.level[n] == ROW and n.op != "placeholder" and n not in from_arrays]
+        returned = {*self.results.values(), *kept}
+        read = [n for n in row_nodes if n in returned or any(self.level.get(u, ROW) > ROW for u in n.users)]
+        self.writer.line(*emitter.statements(row_nodes, read))
         return emitter
 
     def _emit_lanes(
@@ -192,8 +203,7 @@ class Region:
             if self.level[node] < LANE or (node.op != "placeholder" and node not in from_arrays):
                 continue
             if node in from_arrays:
-                array = self.invariants.arrays[self._number(node)]
-                self.load(emitter, node, emitter.names.unique(wanted_name(node)), self.writer.here(array))
+                self.load(emitter, node, emitter.names.unique(wanted_name(node)), self._element(node))
             else:
                 tensor = self.constants.get(node)
                 self.load(emitter, node, self.names[node], tensor.load() if tensor else loads[self.positions[node]])

@@ -101,6 +101,11 @@ class Writer:
         self.line(f"alignas(64) {c_type or HELD[dtype]} {name}[LANES];")
         return name
 
+    def row_array(self, name: str, dtype: torch.dtype) -> str:
+        """A value a row, of which a block has a few."""
+        self.line(f"alignas(64) {HELD[dtype]} {name}[LANES];")
+        return name
+
     # --------------------------------------------------------------------------------------------------------- loops
 
     def count_blocks(self) -> None:

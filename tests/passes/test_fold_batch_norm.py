@@ -135,9 +135,10 @@ def test_a_new_batch_size_needs_no_new_kernel():
     assert counters["snn_compile"]["batch_norms_folded"] == counters["snn_compile"]["recurrences_lowered"] == 2
 
 
-def test_kernel_is_one_multiply_add_and_explain_solves_for_the_threshold():
+@pytest.mark.parametrize("shape", ((4, 3, 5), (4, 3, 5, 2, 7)), ids=["once a lane", "once a row"])
+def test_kernel_is_one_multiply_add_and_explain_solves_for_the_threshold(shape):
     with torch.no_grad():
-        found = snn_compile.explain(neuron(by_function, "hard", False))(torch.randn(4, 3, 5), *parameters(5))
+        found = snn_compile.explain(neuron(by_function, "hard", False))(torch.randn(shape), *parameters(5))
     (forward,) = (text for _, direction, text in found.kernels if direction == "forward")
     before, _, in_time = forward.partition("for (int64_t t = 0")
     assert before.count("sqrtf(") == 1 and "sqrt" not in in_time and in_time.count("__builtin_fmaf(") == 1
