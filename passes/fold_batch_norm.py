@@ -60,7 +60,7 @@ def _multiply_add(graph: fx.Graph, node: fx.Node) -> fx.Node:
         return emit(graph, "call_function", function, args, kwargs, name)
 
     mean, var, weight, bias = map(channels, ("running_mean", "running_var", "weight", "bias"))
-    invstd = call(torch.rsqrt, call(torch.add, var, given["eps"], name="var_eps"), name="scale")
+    invstd = call(torch.rsqrt, call(torch.add, var, given["eps"], name="var_eps"), name="scale" if weight is None else "invstd")
     scale = call(torch.mul, invstd, weight, name="scale") if weight is not None else invstd
     start = bias if bias is not None else call(torch.zeros_like, mean, name="shift")
     shift = call(torch.addcmul, start, mean, scale, value=-1, name="shift")

@@ -15,6 +15,7 @@ SCRATCH_BYTES = 1 << 20
 SERIAL_WORK = 1 << 15
 #: Bytes of results from which on they are stored past the caches.
 STREAM_BYTES = 1 << 22
+#: Bytes of a cache line.
 LINE = 64
 #: Fewest lanes of a block whose backward would rather have short segments than fewer lanes.
 FEWEST_LANES = 512

@@ -229,9 +229,9 @@ class Infix:
             return f"{self.text(args[0], _ATOM)} {_LOGIC[name]} {self.text(args[1], _ATOM)}", 0
         if name == "_to_copy":
             return self._conversion(args[0])
-        if name == "addcmul" and node.kwargs.get("value", 1) in (1, -1):
+        if name == "addcmul" and (factor := node.kwargs.get("value", 1)) in (1, -1):
             product, rest = f"{self.text(args[1], _PRODUCT)}*{self.text(args[2], _PRODUCT)}", self.text(args[0], _SUM)
-            return f"{rest} - {product}" if "value" in node.kwargs else f"{product} + {rest}", _SUM
+            return f"{product} + {rest}" if factor == 1 else f"{rest} - {product}", _SUM
         if name == "reciprocal":
             return f"1/{self.text(args[0], _POWER)}", _PRODUCT
         return self._call(node, name, args)
