@@ -61,7 +61,9 @@ def measure(shape_name: str, shape: tuple[int, ...], device: torch.device) -> li
         )
         for name, m in ((name, moved(m, device)) for name, m in made.items())
     }
-    runs = {f"{name}, {framework}": call for name, c in contests.items() for framework, call in c.steps.items()}
+    # (what is compared follows one another)
+    pairs = [(framework, name, c) for framework in BACKENDS for name, c in contests.items() if framework in c.steps]
+    runs = {f"{name}, {framework}": c.steps[framework] for framework, name, c in pairs}
     times = h.interleaved(runs, device, rounds=ROUNDS)
     of, rows = h.medians(times), []
     for name, c in contests.items():
