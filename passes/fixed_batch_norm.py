@@ -6,7 +6,7 @@ batch_norm(x, mean, var, w, b, training=False) = x*scale + shift,   scale = w/sq
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -75,10 +75,17 @@ def eager_multiplies_and_adds(device: torch.device, dtype: torch.dtype) -> bool:
             torch.randn(n, channels, generator=make, dtype=dtype, device="cpu").to(device).squeeze(0) for n in (64, 1, 1, 1)
         )
         var = mean.abs() + 0.1
-        scale, shift = _scale_and_shift(mean, var, weight, bias, eps)
+        scale, shift = scale_and_shift(_compute, mean, var, weight, bias, eps)
         return torch.equal(F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps), torch.addcmul(shift, x, scale))
 
 
-def _scale_and_shift(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    scale = torch.rsqrt(var + eps) * weight
-    return scale, torch.addcmul(bias, mean, scale, value=-1)
+def scale_and_shift(call: Callable[..., Any], mean: Any, var: Any, weight: Any, bias: Any, eps: float) -> tuple[Any, Any]:
+    """``w/sqrt(var + eps), b - mean*scale``. ``call(function, *args, name=…, **kwargs)`` computes an op or adds it to a graph."""
+    invstd = call(torch.rsqrt, call(torch.add, var, eps, name="var_eps"), name="scale" if weight is None else "invstd")
+    scale = invstd if weight is None else call(torch.mul, invstd, weight, name="scale")
+    start = call(torch.zeros_like, mean, name="shift") if bias is None else bias
+    return scale, call(torch.addcmul, start, mean, scale, value=-1, name="shift")
+
+
+def _compute(function: Callable[..., Tensor], *args: object, name: str, **kwargs: object) -> Tensor:
+    return function(*args, **kwargs)

@@ -24,7 +24,7 @@ from snn_compile.ir.values import example
 from snn_compile.passes.classify import IsPointwiseOp, classify
 from snn_compile.passes.distribute import find_groups
 from snn_compile.passes.emit import emit
-from snn_compile.passes.fixed_batch_norm import arguments, is_fixed_batch_norm
+from snn_compile.passes.fixed_batch_norm import arguments, is_fixed_batch_norm, scale_and_shift
 from snn_compile.passes.hoist import find_invariant
 
 
@@ -60,8 +60,5 @@ def _multiply_add(graph: fx.Graph, node: fx.Node) -> fx.Node:
         return emit(graph, "call_function", function, args, kwargs, name)
 
     mean, var, weight, bias = map(channels, ("running_mean", "running_var", "weight", "bias"))
-    invstd = call(torch.rsqrt, call(torch.add, var, given["eps"], name="var_eps"), name="scale" if weight is None else "invstd")
-    scale = call(torch.mul, invstd, weight, name="scale") if weight is not None else invstd
-    start = bias if bias is not None else call(torch.zeros_like, mean, name="shift")
-    shift = call(torch.addcmul, start, mean, scale, value=-1, name="shift")
+    scale, shift = scale_and_shift(call, mean, var, weight, bias, given["eps"])
     return graph.call_function(torch.addcmul, (shift, given["input"], scale))
