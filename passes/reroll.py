@@ -23,11 +23,11 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
-from torch import fx
+from torch import Tensor, fx
 
 from snn_compile.errors import Reject, Rejection
 from snn_compile.ir.loop import Loop
-from snn_compile.ir.values import user_line, user_location
+from snn_compile.ir.values import example, user_line, user_location
 from snn_compile.passes.emit import delete_unused_children
 from snn_compile.passes.find_repeats import Repeat, find_repeats
 from snn_compile.passes.functionalize import is_write
@@ -123,8 +123,8 @@ def _why(view: Graph, repeat: Repeat, run: Run) -> str:
 
 
 def _best_rotation(view: Graph, run: Run, min_length: int) -> Window:
-    """Where an iteration begins: as many iterations as possible, then as few carries as possible, then early."""
-    crossing = _crossings(run)
+    """Where an iteration begins: only tensors are carried, then as many iterations, then as few carries as possible, then early."""
+    crossings = [_crossing(run, first) for first in range(run.period)]
     windows = []
     for offset in range(run.period):
         count = (run.stop - run.start - offset) // run.period
@@ -132,25 +132,24 @@ def _best_rotation(view: Graph, run: Run, min_length: int) -> Window:
             break
         window = Window(view, run, run.start + offset, count)
         window.absorb_tail()
-        windows.append((-window.count, crossing[(window.start - run.origin) % run.period], offset, window))
-    return min(windows, key=lambda w: w[:3])[3]  # (the caller saw `min_length` whole iterations)
+        carried = crossings[(window.start - run.origin) % run.period]
+        are_tensors = all(isinstance(example(view.nodes[run.origin + residue]), Tensor) for residue in carried)
+        windows.append((not are_tensors, -window.count, sum(carried.values()), offset, window))
+    return min(windows, key=lambda w: w[:4])[4]  # (the caller saw `min_length` whole iterations)
 
 
-def _crossings(run: Run) -> list[int]:
-    """For each residue as the first of an iteration: how many values are handed to a later iteration."""
+def _crossing(run: Run, first: int) -> dict[int, int]:
+    """With residue `first` as the first of an iteration: which values are handed to a later one, and over how many."""
     p = run.period
-    crossings = []
-    for first in range(p):
-        carried: dict[int, int] = {}
-        for residue in range(p):
-            for column in run.columns[residue]:
-                if column.kind != "distance":
-                    continue
-                place = (residue - first) % p
-                producer = place - column.distance
-                iterations_back = -(producer // p)
-                if iterations_back > 0:
-                    key = producer % p
-                    carried[key] = max(carried.get(key, 0), iterations_back)
-        crossings.append(sum(carried.values()))
-    return crossings
+    carried: dict[int, int] = {}
+    for residue in range(p):
+        for column in run.columns[residue]:
+            if column.kind != "distance":
+                continue
+            place = (residue - first) % p
+            producer = place - column.distance
+            iterations_back = -(producer // p)
+            if iterations_back > 0:
+                key = (producer + first) % p
+                carried[key] = max(carried.get(key, 0), iterations_back)
+    return carried

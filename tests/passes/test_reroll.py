@@ -54,6 +54,15 @@ def dead_tail(a):
     return torch.stack(out)
 
 
+def read_before_the_loop(a):
+    """The first state is read as an item, like a function's result at the end of an iteration: none begins there."""
+    s, out = torch.zeros(1, *a.shape[1:])[0], []
+    for t in range(a.shape[0]):
+        s = Spike.apply(a[t] + s)
+        out.append(s)
+    return torch.stack(out)
+
+
 def used_one_by_one(a):
     v, total = torch.zeros_like(a[0]), 0.0
     for t in range(a.shape[0]):
@@ -76,6 +85,7 @@ LOOPS = {
     two_steps_ago: [6],
     two_loops_of_different_lengths: [4, 6],
     dead_tail: [6],
+    read_before_the_loop: [6],
 }
 
 
