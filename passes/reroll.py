@@ -123,7 +123,7 @@ def _why(view: Graph, repeat: Repeat, run: Run) -> str:
 
 
 def _best_rotation(view: Graph, run: Run, min_length: int) -> Window:
-    """Where an iteration begins: only tensors are carried, then as many iterations, then as few carries as possible, then early."""
+    """Where an iteration begins: only tensors are carried, as many iterations, then as few carries as possible, then early."""
     crossings = [_crossing(run, first) for first in range(run.period)]
     windows = []
     for offset in range(run.period):
