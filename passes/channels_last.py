@@ -23,8 +23,8 @@ from torch import Tensor, fx
 
 from snn_compile.ir.values import example, is_getitem, known_int
 from snn_compile.passes.classify import storage_key
+from snn_compile.passes.effects import is_write
 from snn_compile.passes.emit import emit, emit_function
-from snn_compile.passes.functionalize import is_write
 
 _CONVOLUTIONS = {torch.conv2d, F.conv2d}
 #: Give a result in the layout of their first operand.

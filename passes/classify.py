@@ -125,7 +125,10 @@ def _keeps_shape(node: fx.Node) -> bool:
     if any(not isinstance(o, torch.Tensor) for o in operands):
         return False
     value = example(node)
-    results = value if isinstance(value, (tuple, list)) else [value]
+    results = [value]
+    if isinstance(value, (tuple, list)):  # (torch 2.11 gives what a function computes on the way, too: nobody reads it)
+        read = {u.args[1] for u in node.users} if all(is_getitem(u) for u in node.users) else range(len(value))
+        results = [value[i] for i in read]  # type: ignore[index]
     if not operands or not all(isinstance(r, torch.Tensor) for r in results):
         return False
     try:

@@ -7,17 +7,51 @@ a dropout are pure to it. An op that nobody reads is there for its effect.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
 from snn_compile.ir.values import example
-from snn_compile.passes.functionalize import is_grad_switch, is_write
+
+#: Their names end like those of writes.
+OPERATORS_NAMED_LIKE_WRITES = {operator.and_, operator.or_, operator.not_}
+
+INPLACE_OPERATORS: dict[object, Callable] = {  # type: ignore[type-arg]
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ifloordiv: operator.floordiv,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+    operator.ixor: operator.xor,
+    operator.ipow: operator.pow,
+}
 
 #: How the names of functions begin that draw random numbers; all with `dropout` in theirs do, and attention may.
 _RANDOM = ("rand", "normal", "bernoulli", "poisson", "multinomial", "binomial", "rrelu", "gumbel_softmax", "fractional_max_pool")
+
+
+def is_grad_switch(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is torch._C._set_grad_enabled
+
+
+def is_write(node: fx.Node) -> bool:
+    """Whether the node writes into its first operand."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+    if node.op != "call_function":
+        return False
+    if node.target is operator.setitem or node.target in INPLACE_OPERATORS:
+        return True
+    if node.target in OPERATORS_NAMED_LIKE_WRITES:
+        return False
+    name = getattr(node.target, "__name__", "")
+    return "out" in node.kwargs or (name.endswith("_") and not name.endswith("__")) or bool(node.kwargs.get("inplace"))
 
 
 def has_effect(node: fx.Node) -> bool:

@@ -4,15 +4,14 @@
     out[0] = s0                             out_1 = store(out, 0, s0)
     acc += s0                     ->        acc_1 = acc + s0
     v[spiked] = 0.0                         v_1 = v.masked_fill(spiked, 0.0)
-    with no_grad(): r = f(s)                r = f(s); r_1 = r.detach()
 
 A write is rewritten only where the tensor was made in this graph (it shares no storage with an input), the write goes to
 the tensor itself and not through a view, and no view of it made earlier is read later: then every later use can be given
 the new value and nobody can see the difference. What was written is read back without memory (``out[t-1]`` after
 ``out[t-1] = s`` is ``s``). All other writes stay as they are.
 
-Does not fire: writes into inputs (running statistics), through views, under ``out=``; `no_grad` regions that hold a write
-or another grad-mode switch.
+Does not fire: writes into inputs (running statistics), through views, under ``out=``; in `no_grad` regions that are none after
+`passes/no_grad_regions`.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from torch import fx
 
 from snn_compile.ir.values import example, flat_nodes, is_getitem, storage_key
 from snn_compile.passes.concatenations import normalize_concatenations
-
-#: Their names end like those of writes.
-OPERATORS_NAMED_LIKE_WRITES = {operator.and_, operator.or_, operator.not_}
+from snn_compile.passes.effects import INPLACE_OPERATORS, is_write
+from snn_compile.passes.emit import emit
+from snn_compile.passes.no_grad_regions import detach_no_grad_regions
 
 #: In a node's meta: it is what a write has become, a new value. (Its example lies in the memory that was written into.)
 VALUE_AFTER_WRITE = "value_after_write"
@@ -40,30 +39,14 @@ def store(buffer: torch.Tensor, index: object, value: object) -> torch.Tensor:
     return result
 
 
-INPLACE_OPERATORS: dict[object, Callable] = {  # type: ignore[type-arg]
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    operator.ifloordiv: operator.floordiv,
-    operator.iand: operator.and_,
-    operator.ior: operator.or_,
-    operator.ixor: operator.xor,
-    operator.ipow: operator.pow,
-}
-
-
 def functionalize(gm: fx.GraphModule) -> fx.GraphModule:
     """Rewrite `gm` in place; see the module's docstring."""
     _gather_attributes(gm.graph)
-    _detach_no_grad_regions(gm.graph)
+    detach_no_grad_regions(gm)
     _replace_writes(gm.graph)
     _drop_overwritten(gm.graph)
     normalize_concatenations(gm.graph)
     return gm
-
-
-# ------------------------------------------------------------------------------------------------------------- no_grad
 
 
 def _gather_attributes(graph: fx.Graph) -> None:
@@ -81,61 +64,7 @@ def _gather_attributes(graph: fx.Graph) -> None:
             anchor = node
 
 
-def is_grad_switch(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target is torch._C._set_grad_enabled
-
-
-def _detach_no_grad_regions(graph: fx.Graph) -> None:
-    switches = [n for n in graph.nodes if is_grad_switch(n)]
-    i = 0
-    while i + 1 < len(switches):
-        off, on = switches[i], switches[i + 1]
-        if off.args[0] is False and on.args[0] is True and _detach_region(graph, off, on):
-            i += 2
-        else:
-            i += 1
-
-
-def _detach_region(graph: fx.Graph, off: fx.Node, on: fx.Node) -> bool:
-    inside: dict[fx.Node, None] = {}
-    node = off.next
-    while node is not on:
-        if node.op not in ("call_function", "call_method") or is_write(node):
-            return False
-        inside[node] = None
-        node = node.next
-    for node in inside:
-        value = example(node)
-        outside = [u for u in node.users if u not in inside]
-        if not outside or not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
-            continue
-        with graph.inserting_after(on):
-            detached = graph.call_method("detach", (node,))
-        detached.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
-        detached.meta["example_value"] = value.detach()
-        for user in outside:
-            user.replace_input_with(node, detached)
-    graph.erase_node(off)
-    graph.erase_node(on)
-    return True
-
-
 # --------------------------------------------------------------------------------------------------------------- writes
-
-
-def is_write(node: fx.Node) -> bool:
-    """Whether the node writes into its first operand."""
-    if node.op == "call_method":
-        name = str(node.target)
-        return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
-    if node.op != "call_function":
-        return False
-    if node.target is operator.setitem or node.target in INPLACE_OPERATORS:
-        return True
-    if node.target in OPERATORS_NAMED_LIKE_WRITES:
-        return False
-    name = getattr(node.target, "__name__", "")
-    return "out" in node.kwargs or (name.endswith("_") and not name.endswith("__")) or bool(node.kwargs.get("inplace"))
 
 
 def _replace_writes(graph: fx.Graph) -> None:
@@ -250,7 +179,11 @@ def _functional(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
                 return graph.call_function(torch.zeros_like, (target,))
             if name == "fill" and len(node.args) == 2 and not isinstance(node.args[1], fx.Node):
                 return graph.call_function(torch.full_like, node.args)
-            if name == "copy" or not hasattr(torch.Tensor, name):
+            if name == "fill" and len(node.args) == 2:
+                return _functional_fill(graph, node, value)
+            if name == "copy":
+                return _functional_copy(graph, node, value)
+            if not hasattr(torch.Tensor, name):
                 return None
             new = graph.call_method(name, node.args, node.kwargs)
         elif (twin := _out_of_place(node)) is not None:
@@ -259,6 +192,18 @@ def _functional(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         else:
             return None
         return _keep_type(graph, node, new, value)
+
+
+def _functional_copy(graph: fx.Graph, node: fx.Node, value: torch.Tensor) -> fx.Node | None:
+    new = example(node.args[1]) if len(node.args) == 2 else None
+    is_like = isinstance(new, torch.Tensor) and (new.shape, new.dtype, new.device) == (value.shape, value.dtype, value.device)
+    return graph.call_method("clone", node.args[1:]) if is_like else None
+
+
+def _functional_fill(graph: fx.Graph, node: fx.Node, value: torch.Tensor) -> fx.Node:
+    """``torch.full(shape, tensor)`` is ``torch.empty(shape).fill_(tensor)`` to Dynamo."""
+    one = emit(graph, "call_method", "to", (node.args[1], value.device, value.dtype), {})
+    return graph.call_method("clone", (emit(graph, "call_method", "expand", (one, *value.shape), {}),))
 
 
 def _out_of_place(node: fx.Node) -> Callable | None:  # type: ignore[type-arg]

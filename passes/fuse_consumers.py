@@ -20,7 +20,7 @@ from torch import fx
 from snn_compile.ir.loop import Loop, LoopConst, LoopInput
 from snn_compile.ir.values import base_name, example, is_getitem
 from snn_compile.passes.classify import IsPointwiseOp, classify
-from snn_compile.passes.functionalize import is_write
+from snn_compile.passes.effects import is_write
 
 
 def fuse_consumers(gm: fx.GraphModule, call: fx.Node, loop: Loop, is_pointwise_op: IsPointwiseOp) -> int:

@@ -26,7 +26,7 @@ from torch import fx
 
 from snn_compile.ir.recurrence import Recurrence
 from snn_compile.ir.values import example, hint, shape_hint
-from snn_compile.passes.functionalize import is_grad_switch, is_write
+from snn_compile.passes.effects import is_grad_switch, is_write
 from snn_compile.passes.fuse_consumers import may_write
 from snn_compile.passes.merge_recurrences import VIEWS, Fusion, Traced, operand_key, value_key
 

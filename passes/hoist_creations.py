@@ -19,8 +19,7 @@ import torch
 from torch import fx
 
 from snn_compile.ir.values import example
-from snn_compile.passes.effects import has_effect
-from snn_compile.passes.functionalize import is_write
+from snn_compile.passes.effects import has_effect, is_write
 
 LIKE: dict[object, Callable[[fx.Node], Any]] = {
     torch.zeros_like: lambda n: 0,

@@ -17,8 +17,9 @@ import torch
 from torch import fx
 
 from snn_compile.ir.values import example, is_getitem, known_int
+from snn_compile.passes.effects import is_write
 from snn_compile.passes.emit import emit
-from snn_compile.passes.functionalize import is_write, store
+from snn_compile.passes.functionalize import store
 
 
 def index_steps(gm: fx.GraphModule) -> int:

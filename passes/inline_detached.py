@@ -16,8 +16,8 @@ from torch import fx
 
 from snn_compile.ir.values import is_getitem
 from snn_compile.passes.classify import AUTOGRAD_FUNCTION
+from snn_compile.passes.effects import is_grad_switch, is_write
 from snn_compile.passes.emit import replace_by_results
-from snn_compile.passes.functionalize import is_grad_switch, is_write
 from snn_compile.passes.inline import Inliner
 
 

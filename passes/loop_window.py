@@ -9,7 +9,7 @@ from torch import fx
 
 from snn_compile.errors import Reject
 from snn_compile.ir.values import example, shape_hint, user_line, user_location, wanting_grad
-from snn_compile.passes.functionalize import is_grad_switch
+from snn_compile.passes.effects import is_grad_switch
 from snn_compile.passes.relate_iterations import Column, Graph, Run
 
 

@@ -27,10 +27,10 @@ from torch import Tensor, fx
 
 from snn_compile.errors import Reject, Rejection
 from snn_compile.ir.loop import Loop
-from snn_compile.ir.values import example, user_line, user_location
+from snn_compile.ir.values import example, is_getitem, user_line, user_location
+from snn_compile.passes.effects import is_write
 from snn_compile.passes.emit import delete_unused_children
 from snn_compile.passes.find_repeats import Repeat, find_repeats
-from snn_compile.passes.functionalize import is_write
 from snn_compile.passes.loop_window import Window
 from snn_compile.passes.plan_loop import LoopPlan
 from snn_compile.passes.relate_iterations import Graph, Run
@@ -73,6 +73,8 @@ def _first_loop(gm: fx.GraphModule, accept: Accept, min_length: int, name: str, 
     repeats = find_repeats(view.tokens)
     changing = ((r, True) for r in repeats if view.numbers_change(r))  # (looked for only where all else is refused)
     for repeat, may_numbers_change in itertools.chain(((r, False) for r in repeats), changing):
+        if all(is_getitem(n) for n in view.nodes[repeat.start : repeat.start + repeat.period]):
+            continue  # a row of reads: the results of one call, or ``y[0], y[1], …``
         key = (view.nodes[repeat.start].name, repeat.period, may_numbers_change)
         if key in rejections or sum(k[2] == may_numbers_change for k in rejections) >= MAX_REJECTIONS[may_numbers_change]:
             continue

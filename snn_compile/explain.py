@@ -130,7 +130,7 @@ class Explanation:
         advice = "see below"
         if not rejections and not self.graph_breaks:
             advice = "the function must hold the loop over time itself, with a state that passes from step to step, in plain\n"
-            advice += "code (a loop inside of an autograd.Function is not looked into):\n"
+            advice += "code (a loop inside of an autograd.Function, or of an op of another library, is not looked into):\n"
             advice += "  for t in range(len(x)): v, s = step(v, x[t])"
         return f"snn_compile: no time loop was compiled; {advice}"
 

@@ -58,6 +58,7 @@ from snn_compile.passes.hoist_creations import hoist_creations
 from snn_compile.passes.index_steps import index_steps, index_stores
 from snn_compile.passes.inline_detached import inline_detached
 from snn_compile.passes.inline_steps import inline_steps
+from snn_compile.passes.no_grad_regions import drop_idle_detaches
 from snn_compile.passes.read_steps_in_regions import REGIONS, is_region, read_steps_in_regions
 from snn_compile.passes.reroll import reroll
 from snn_compile.passes.roll_scan import roll_scans
@@ -192,6 +193,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     loops, rejections = roll_scans(work, lambda loop: _why_not(loop, config), config.min_steps)
     rerolled, refused = reroll(work, lambda loop: _why_not(loop, config), config.min_steps)
     loops += rerolled
+    drop_idle_detaches(work.graph)
     report.loops, report.rejections = loops, report.rejections + rejections + refused
     counters["snn_compile"]["loops_rerolled"] += len(loops)
     _specialize_steps_with_calls(work, config)

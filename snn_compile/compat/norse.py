@@ -2,76 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import ast
+from types import FunctionType, MethodType
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch import nn
 
-FALLBACK = "state_fallback"
+from snn_compile.compat.rewrite import rewritten
+
+#: where a cell makes its initial state
+METHODS = ("state_fallback", "forward")
 
 
 def prepare(module: nn.Module) -> str:
-    """``state.v.requires_grad = True`` (a graph break) -> the same state without it.
+    """``state = State(…); state.v.requires_grad = True`` (a graph break) -> the same state without the write.
 
-    The leaf that Norse marks is made inside of the call and given to nobody, so its gradient cannot be read.
+    The leaf that Norse marks is made inside of the call and given to nobody, so its gradient cannot be read. Where the state is
+    somebody's (`IzhikevichCell` hands out its parameters' own), the write stays.
     """
-    fallback = getattr(module, FALLBACK, None)
-    if not callable(fallback) or isinstance(fallback, InitialState):
-        return ""
-    found = observe(fallback)
-    if found is None:
-        return ""
-    setattr(module, FALLBACK, found)
-    return "its initial state is made without a write of `requires_grad`"
+    changed = False
+    for name in METHODS:
+        method = getattr(module, name, None)
+        if not isinstance(method, MethodType) or not isinstance(method.__func__, FunctionType):
+            continue
+        old = method.__func__
+        code = rewritten(old, _WithoutMarks())
+        if code is not None:
+            new = FunctionType(code, old.__globals__, old.__name__, old.__defaults__)
+            new.__kwdefaults__ = old.__kwdefaults__
+            setattr(module, name, MethodType(new, method.__self__))
+            changed = True
+    return "its initial state is made without a write of `requires_grad`" if changed else ""
 
 
-@dataclass(frozen=True)
-class _Constant:
-    """A tensor full of `value`: of no dims, of the input's shape, or of that with `features` as its last dim."""
+class _WithoutMarks(ast.NodeTransformer):
+    """Of a state that the statements before make: ``requires_grad=True`` in the calls that make it, and writes of it, go."""
 
-    value: float
-    dtype: torch.dtype
-    has_dims: bool
-    features: int | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        shape = () if not self.has_dims else x.shape if self.features is None else (*x.shape[:-1], self.features)
-        return torch.full(shape, self.value, dtype=self.dtype, device=x.device)
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        super().generic_visit(node)
+        for field in ("body", "orelse"):
+            statements = getattr(node, field, None)
+            if isinstance(statements, list):
+                setattr(node, field, _without_marks(statements))
+        return node
 
 
-@dataclass(frozen=True)
-class InitialState:
-    """``input -> state``: constants in the structure of the library's own initial state."""
-
-    constants: tuple[_Constant, ...]
-    structure: Any
-
-    def __call__(self, x: Tensor) -> Any:
-        return tree_unflatten([c(x) for c in self.constants], self.structure)
-
-
-def observe(fallback: Callable[[Tensor], Any]) -> InitialState | None:
-    """What `fallback` makes of inputs of two shapes, as constants; None where it is anything else."""
-    first, second = torch.zeros(2, 3), torch.zeros(4, 5)
-    (a, structure), (b, other) = tree_flatten(fallback(first)), tree_flatten(fallback(second))
-    if structure != other or not all(isinstance(leaf, Tensor) for leaf in (*a, *b)):
-        return None
-    constants = [_constant(p, first, q, second) for p, q in zip(a, b, strict=True)]
-    return None if None in constants else InitialState(tuple(c for c in constants if c is not None), structure)
+def _without_marks(statements: list[ast.stmt]) -> list[ast.stmt]:
+    kept: list[ast.stmt] = []
+    made: dict[str, ast.Call] = {}
+    for statement in statements:
+        target = statement.targets[0] if isinstance(statement, ast.Assign) and len(statement.targets) == 1 else None
+        value = statement.value if isinstance(statement, ast.Assign) else None
+        if isinstance(target, ast.Name) and isinstance(value, ast.Call):
+            made[target.id] = value
+        if isinstance(target, ast.Attribute) and target.attr == "requires_grad" and _owner(target) in made:
+            for call in ast.walk(made[_owner(target)]):
+                if isinstance(call, ast.Call):
+                    call.keywords = [k for k in call.keywords if k.arg != "requires_grad"]
+            continue
+        kept.append(statement)
+    return kept
 
 
-def _constant(a: Tensor, first: Tensor, b: Tensor, second: Tensor) -> _Constant | None:
-    values = torch.cat([a.detach().flatten(), b.detach().flatten()]).unique()
-    if values.numel() != 1 or a.dtype != b.dtype or a.grad_fn is not None or b.grad_fn is not None:
-        return None  # (a state that is learnt has a history)
-    value = float(values)
-    if a.dim() == b.dim() == 0:
-        return _Constant(value, a.dtype, False, None)
-    if a.shape == first.shape and b.shape == second.shape:
-        return _Constant(value, a.dtype, True, None)
-    if a.shape[:-1] == first.shape[:-1] and b.shape[:-1] == second.shape[:-1] and a.shape[-1] == b.shape[-1]:
-        return _Constant(value, a.dtype, True, a.shape[-1])
-    return None
+def _owner(target: ast.Attribute) -> str:
+    """``state.lif.v.requires_grad`` -> ``state``."""
+    node: ast.expr = target
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else ""

@@ -110,7 +110,8 @@ class RadLIF(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wx = self.w(x)
         wx = self.norm(wx.reshape(-1, wx.shape[2])).reshape(wx.shape)
-        u, w, s = (torch.rand(wx.shape[0], 12) for _ in range(3))
+        u, s = (torch.rand(wx.shape[0], 12) for _ in range(2))
+        w = torch.rand(wx.shape[0], 12) if self.adaptive else None
         alpha, beta = torch.clamp(self.alpha, 0.81, 0.96), torch.clamp(self.beta, 0.96, 0.99)
         a, b = torch.clamp(self.a, -1.0, 1.0), torch.clamp(self.b, 0.0, 2.0)
         v = self.v.weight.clone().fill_diagonal_(0)

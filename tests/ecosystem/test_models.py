@@ -135,6 +135,22 @@ def test_prepared_initial_state_of_norse(name):
 
 
 @pytest.mark.skipif(not has("norse"), reason="Norse is not installed")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["LIFCell", "LIFExCell", "LSNNCell", "LIFRecurrentCell", "LILinearCell"])
+def test_prepared_cells_of_norse_keep_dtypes_and_follow_parameters(name, dtype):
+    import norse.torch as nt
+
+    cell = (getattr(nt, name)(3, 3) if name in ("LIFRecurrentCell", "LILinearCell") else getattr(nt, name)()).to(dtype)
+    x = torch.rand(5, 3, dtype=dtype)
+    for leak in (0.0, 0.5):  # (read again in every call)
+        cell.p = cell.p._replace(v_leak=torch.tensor(leak, dtype=dtype))
+        expected = tree_leaves(copy.deepcopy(cell)(x))
+        got = tree_leaves(prepare(copy.deepcopy(cell))(x))
+        for a, b in zip(expected, got, strict=True):
+            torch.testing.assert_close(b, a, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not has("norse"), reason="Norse is not installed")
 def test_a_learnt_initial_state_of_norse_is_left_alone():
     import norse.torch as nt
 

@@ -4,7 +4,8 @@ import random
 import pytest
 import torch
 
-from snn_compile.passes.functionalize import functionalize, is_write, store
+from snn_compile.passes.effects import is_write
+from snn_compile.passes.functionalize import functionalize, store
 from snn_compile.passes.unroll import restore_writes
 from tests.passes.capture import capture, x
 
@@ -129,6 +130,21 @@ def test_writes_that_became_no_loop_are_written_again():
 
     captured.check(there_and_back)
     assert store not in captured.targets()
+
+
+def filled_with_a_tensor(a):
+    """``torch.full(shape, tensor)`` is this in Dynamo's graph."""
+    out = torch.empty(3, 5, dtype=torch.float64).fill_(a[0, 0, 0])
+    out[1] = 2.0
+    copied = torch.zeros(3, 5)
+    copied.copy_(a[1])
+    return out, copied * 2.0
+
+
+def test_a_tensor_is_filled_and_copied():
+    captured = capture(filled_with_a_tensor, x())
+    captured.check(functionalize)
+    assert not any(is_write(n) for n in captured.gm.graph.nodes)
 
 
 def near_miss_view_read_after_a_write(a):
