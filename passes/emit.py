@@ -56,6 +56,11 @@ def emit_function(graph: fx.Graph, function: Callable[..., fx.Proxy], args, kwar
     return node
 
 
+def evaluate(node: fx.Node) -> object:
+    """What a node gives on the examples of its operands."""
+    return _run(node.op, node.target, node.args, node.kwargs)
+
+
 def _run(op: str, target, args, kwargs) -> object:  # type: ignore[no-untyped-def]
     fakes = [v for v in map(example, flat_nodes((args, kwargs))) if isinstance(v, FakeTensor)]
     (first, *rest), keywords = fx.node.map_arg((args, kwargs), example)

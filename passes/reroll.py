@@ -42,6 +42,8 @@ Accept = Callable[[Loop], "Rejection | None"]
 #: numbers may change: there, what covers most is a loop, or nothing is.
 MAX_REJECTIONS = {False: 64, True: 8}
 
+#: Of a row of reads: the results of one call, or ``y[0], y[1], …``.
+ONLY_READS = "its iterations only read values"
 
 #: Where a look-alike begins, its period, and whether its numbers may change from step to step.
 Key = tuple[str, int, bool]
@@ -73,10 +75,11 @@ def _first_loop(gm: fx.GraphModule, accept: Accept, min_length: int, name: str, 
     repeats = find_repeats(view.tokens)
     changing = ((r, True) for r in repeats if view.numbers_change(r))  # (looked for only where all else is refused)
     for repeat, may_numbers_change in itertools.chain(((r, False) for r in repeats), changing):
-        if all(is_getitem(n) for n in view.nodes[repeat.start : repeat.start + repeat.period]):
-            continue  # a row of reads: the results of one call, or ``y[0], y[1], …``
         key = (view.nodes[repeat.start].name, repeat.period, may_numbers_change)
         if key in rejections or sum(k[2] == may_numbers_change for k in rejections) >= MAX_REJECTIONS[may_numbers_change]:
+            continue
+        if all(is_getitem(n) for n in view.nodes[repeat.start : repeat.start + repeat.period]):
+            rejections[key] = Rejection(ONLY_READS, location=user_location(view.nodes[repeat.start]), ops=repeat.covered)
             continue
         try:
             plan = LoopPlan(_window(view, repeat, view.relate(repeat, may_numbers_change), min_length), name)
@@ -96,7 +99,7 @@ def _why_empty(loop: Loop) -> Rejection | None:
     """A row of reads, ``y[0], y[1], …``, rolled, is such a row again: rolling it would never end."""
     if any(n.op not in ("placeholder", "get_attr", "output") for n in loop.body.graph.nodes):
         return None
-    return Rejection("its iterations only read a time series", loop.name, loop.location)
+    return Rejection(ONLY_READS, loop.name, loop.location)
 
 
 def _window(view: Graph, repeat: Repeat, run: Run, min_length: int) -> Window:

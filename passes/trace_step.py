@@ -24,7 +24,7 @@ from dataclasses import replace
 
 import torch
 from torch import fx
-from torch._decomp import core_aten_decompositions
+from torch._decomp import core_aten_decompositions, get_decompositions
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 
@@ -211,8 +211,34 @@ def core_decompositions() -> dict:  # type: ignore[type-arg]
         aten.index_put.default: _masked_put,
         aten.masked_fill.Scalar: _masked_fill,
         aten.masked_fill.Tensor: _masked_fill,
+        aten.fill.Scalar: lambda x, value: torch.full(x.shape, value, dtype=x.dtype, device=x.device),
+        aten.lerp.Scalar: _lerp,
+        aten.lerp.Tensor: _lerp,
     }
-    return {**core_aten_decompositions(), **ours}
+    return {**get_decompositions(_NOT_CORE), **core_aten_decompositions(), **ours}
+
+
+#: Pointwise ops that PyTorch decomposes into its core ops, though not with `core_aten_decompositions`.
+_NOT_CORE = [
+    aten.elu,
+    aten.elu_backward,
+    aten.leaky_relu,
+    aten.leaky_relu_backward,
+    aten.gelu,
+    aten.gelu_backward,
+    aten.hardswish_backward,
+]
+
+
+def _lerp(start: torch.Tensor, end: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
+    """``start + weight*(end - start)``, from the nearer end, in one multiply-add, as ATen computes it (native/Lerp.h)."""
+    dtype = start.dtype
+    if dtype in (torch.bfloat16, torch.float16):
+        start, end = start.float(), end.float()
+    weight = weight.to(start.dtype) if isinstance(weight, torch.Tensor) else torch.full_like(start, weight)
+    is_small = weight.abs() < 0.5
+    base, factor = torch.where(is_small, start, end), torch.where(is_small, weight, weight - 1)
+    return torch.addcmul(base, factor, end - start).to(dtype)
 
 
 def _masked_fill(x: torch.Tensor, mask: torch.Tensor, value: float | torch.Tensor) -> torch.Tensor:

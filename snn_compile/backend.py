@@ -67,7 +67,7 @@ def _layout_patches(gm: fx.GraphModule) -> dict[str, object]:
 
 def _rewrite(gm: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, Report | None]:
     try:
-        with _no_saved_tensors_hooks():
+        with _no_saved_tensors_hooks(), torch.autograd.set_detect_anomaly(False):  # (steps are differentiated on fake values)
             new, report = run_pipeline(gm, config)
     except Exception:
         counters["snn_compile"]["pass_failures"] += 1

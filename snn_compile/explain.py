@@ -23,6 +23,7 @@ from snn_compile.ir.stepped import SteppedRecurrence
 from snn_compile.ir.stepped import describe as describe_unit
 from snn_compile.ir.threshold import describe_thresholds
 from snn_compile.ir.values import user_location
+from snn_compile.passes.reroll import ONLY_READS
 from snn_compile.pipeline import Report, kernel_texts_for_logs, stepped_texts_for_logs
 
 #: (fragment of a reason, what to change): for refusals that come without a hint of their own.
@@ -95,6 +96,8 @@ class Explanation:
         return list(kept.values())
 
     def _is_noise(self, rejection: Rejection, lines: set[str]) -> bool:
+        if rejection.reason == ONLY_READS:
+            return True
         look_alike = _LOOK_ALIKE.match(rejection.reason)
         if look_alike and (int(look_alike[1]) <= 2 or (self.loops and rejection.location in lines)):
             return True

@@ -63,6 +63,7 @@ from snn_compile.passes.read_steps_in_regions import REGIONS, is_region, read_st
 from snn_compile.passes.reroll import reroll
 from snn_compile.passes.roll_scan import roll_scans
 from snn_compile.passes.separate_results import results_of, separate_results
+from snn_compile.passes.separate_saved import separate_saved
 from snn_compile.passes.specialize import (
     drop_unread_sizes,
     fold_sizes,
@@ -71,6 +72,7 @@ from snn_compile.passes.specialize import (
     specialize_sizes,
 )
 from snn_compile.passes.unroll import restore_writes, unroll
+from snn_compile.passes.work_on_copies import work_on_copies
 
 log = logging.getLogger("snn_compile")
 #: ``TORCH_LOGS=output_code`` shows the kernels beside Inductor's own output
@@ -147,10 +149,14 @@ class Report:
     changed: bool = False
 
 
+#: Pointwise ops without PyTorch's tag for them.
+UNTAGGED = ("hardswish.default",)
+
+
 def is_pointwise_op(op: torch._ops.OpOverload) -> bool:
     """Whether a kernel can hold this overload, as it is or after decomposition."""
     name = ops.overload_name(op)
-    return name in ops.TABLE or name in ops.CONSTANTS or torch.Tag.pointwise in op.tags
+    return name in ops.TABLE or name in ops.CONSTANTS or name in UNTAGGED or torch.Tag.pointwise in op.tags
 
 
 def run_pipeline(gm: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, Report]:
@@ -184,6 +190,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     decomposed, refused = decompose(work)
     report.rejections += refused
     counters["snn_compile"]["ops_decomposed"] += decomposed
+    work_on_copies(work.graph)
     inline_detached(work)
     index_steps(work)
     functionalize(work)
@@ -226,6 +233,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     restore_writes(work, is_kernel)
     counters["snn_compile"]["convolutions_channels_last"] += channels_last(work.graph, is_kernel, max_pool2d)
     separate_saved_statistics(work)
+    separate_saved(work.graph, is_kernel)
     separate_results(work.graph, given)
     _finish(work)
     dump(work, "6_unroll")

@@ -350,3 +350,41 @@ def test_batched_layers_are_one_op():
     targets = [n.target for n in graphs[0].graph.nodes]
     assert targets.count(torch.conv2d) == 1
     assert targets.count(F.linear) == 1
+
+
+def ops_that_are_decomposed(x):
+    """One state an op; all are ATen's to the bit."""
+    low = high = own = leaky = hard = torch.zeros_like(x[0])
+    out = []
+    for t in range(x.shape[0]):
+        low = torch.lerp(low, x[t], 0.3)
+        high = torch.lerp(high, x[t], 0.7)
+        own = torch.lerp(own, x[t], x[t])
+        leaky = F.leaky_relu(leaky * 0.5 + x[t], 0.1)
+        hard = F.hardswish(hard * 0.5 + x[t])
+        out.append(torch.stack((low, high, own, leaky, hard)))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_ops_that_are_decomposed_have_eager_s_bits(dtype):
+    x = torch.randn(6, 4, 64, dtype=torch.float64).to(dtype)
+    reference, given = x.clone().requires_grad_(), x.clone().requires_grad_()
+    torch._dynamo.reset()
+    counters.clear()
+    expected = ops_that_are_decomposed(reference)
+    got = torch.compile(ops_that_are_decomposed, backend=snn, options={"strict": True})(given)
+    assert torch.equal(got, expected) and counters["snn_compile"]["recurrences_lowered"] > 0
+    expected.sum().backward()
+    got.sum().backward()
+    tolerance = 0.1 if dtype == torch.bfloat16 else 1e-5  # (eager rounds bf16 after every op)
+    torch.testing.assert_close(given.grad, reference.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_under_anomaly_detection():
+    torch._dynamo.reset()
+    counters.clear()
+    x = torch.rand(6, 4, requires_grad=True)
+    with torch.autograd.set_detect_anomaly(True):
+        torch.compile(ops_that_are_decomposed, backend=snn, options={"strict": True})(x).sum().backward()
+    assert counters["snn_compile"]["recurrences_lowered"] > 0

@@ -1,0 +1,72 @@
+"""What the graph is given and writes into, it works on in a copy, and writes back once.
+
+    for t: self.v.mul_(0.9).add_(x[t]); …      ->      v = keep(self.v); for t: v.mul_(0.9).add_(x[t]); …; self.v.copy_(v)
+
+The copy is of the graph's own making, so its writes become values (`passes/functionalize`), and a state that lies in a buffer is
+one like any other. And gradients are right: AOTAutograd may keep the buffer itself for the backward, or compute a value from it there
+once more (torch 2.11 to 2.15), when it holds the new state; the result of `keep` is kept.
+
+Does not fire: integers; buffers that want a gradient, that share memory with another input, or a view of which is a result.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from snn_compile.ir.values import example, storage_key
+from snn_compile.passes.effects import is_write
+from snn_compile.passes.emit import emit, evaluate
+
+
+@torch.library.custom_op("snn_compile_memory::keep", mutates_args=())
+def keep(x: Tensor) -> Tensor:
+    """A copy; an op of its own, since a backward may not make it again from what lies in `x` by then."""
+    return x.clone()
+
+
+@keep.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+keep.register_autograd(lambda ctx, gradient: gradient)
+KEEP = torch.ops.snn_compile_memory.keep.default
+
+
+def work_on_copies(graph: fx.Graph) -> int:
+    """Rewrite `graph` (torch-level, with examples) in place; gives how many inputs are copied."""
+    inputs = graph.find_nodes(op="placeholder")
+    first = next((n for n in graph.nodes if n.op not in ("placeholder", "get_attr")), None)
+    count = 0
+    for given in inputs:
+        alone = sum(storage_key(i) == storage_key(given) for i in inputs) == 1
+        if first is not None and alone and _is_buffer(example(given)) and _is_written(graph, given):
+            _copy(graph, given, first)
+            count += 1
+    return count
+
+
+def _is_buffer(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dtype.is_floating_point and not (value.is_leaf and value.requires_grad)
+
+
+def _is_written(graph: fx.Graph, given: fx.Node) -> bool:
+    """Whether something writes into it, and no result of the graph is a view of it."""
+    aliases = [n for n in graph.nodes if storage_key(n) == storage_key(given)]
+    results = graph.output_node().all_input_nodes
+    return any(is_write(n) and n.args and n.args[0] in aliases for n in graph.nodes) and not any(
+        n in results and n is not given for n in aliases
+    )
+
+
+def _copy(graph: fx.Graph, given: fx.Node, first: fx.Node) -> None:
+    key, output = storage_key(given), graph.output_node()
+    aliases = [n for n in graph.nodes if storage_key(n) == key and n is not given]
+    with graph.inserting_before(first):
+        copy = emit(graph, "call_function", KEEP, (given,), {})
+    given.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy and user is not output)
+    for node in aliases:
+        node.meta["example_value"] = example(node.args[0]) if is_write(node) else evaluate(node)
+    with graph.inserting_before(output):
+        graph.call_method("copy_", (given, copy)).meta = {"example_value": example(given)}

@@ -1,0 +1,192 @@
+"""Buffers that a graph writes into: states like any other, written back once, with eager's gradients."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from snn_compile.backend import snn
+from snn_compile.lowering.cpp import compiler
+from snn_compile.passes.effects import is_write
+from snn_compile.passes.functionalize import functionalize
+from snn_compile.passes.work_on_copies import work_on_copies
+from tests.passes.capture import Spike, capture, x
+
+
+class Buffers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("v", torch.full((3, 5), 0.25))
+        self.register_buffer("threshold", torch.ones(5))
+        self.beta = nn.Parameter(torch.full((5,), 0.9))
+
+    def loop(self, a, v, threshold):
+        out = []
+        for t in range(a.shape[0]):
+            v = v * 0.5 + a[t]
+            s = Spike.apply(v - threshold)
+            v = v - s
+            out.append(s)
+        return torch.stack(out), v
+
+
+class Homeostasis(Buffers):
+    def forward(self, a):
+        s, _ = self.loop(a, torch.zeros_like(a[0]), self.threshold * 2.0)
+        with torch.no_grad():
+            self.threshold += 0.1 * (s.mean((0, 1)) - 0.1)
+        return s
+
+
+class StateIsCopiedBack(Buffers):
+    def forward(self, a):
+        s, v = self.loop(a, self.v, self.threshold)
+        self.v.copy_(v.detach())
+        return s
+
+
+class StateIsAssignedBack(Buffers):
+    def forward(self, a):
+        s, v = self.loop(a, self.v, 1.0)
+        self.v[:] = v.detach()
+        return s
+
+
+class StateIsWrittenInEveryStep(Buffers):
+    def forward(self, a):
+        out = []
+        for t in range(a.shape[0]):
+            with torch.no_grad():
+                self.v.mul_(0.5).add_(a[t])
+            out.append(Spike.apply(self.v - a[t]))
+        return torch.stack(out)
+
+
+class ParameterIsBounded(Buffers):
+    def forward(self, a):
+        s, _ = self.loop(a, torch.zeros_like(a[0]), self.beta)
+        with torch.no_grad():
+            self.beta.clamp_(0.0, 0.8)
+        return s
+
+
+class BufferIsReturned(Buffers):
+    def forward(self, a):
+        s, v = self.loop(a, self.v, 1.0)
+        self.v.copy_(v.detach())
+        return s, self.v
+
+
+class ResultIsWrittenThroughAView(Buffers):
+    def forward(self, a):
+        s, v = self.loop(a, self.v, 1.0)
+        s[0].mul_(2.0)
+        v[1].add_(1.0)
+        return s, v
+
+
+class InputIsOverwritten(Buffers):
+    def forward(self, a):
+        a = a * 1.0
+        s, _ = self.loop(a, self.v, 1.0)
+        a[0].zero_()
+        return s, a
+
+
+MODULES = (
+    Homeostasis,
+    StateIsCopiedBack,
+    StateIsAssignedBack,
+    StateIsWrittenInEveryStep,
+    ParameterIsBounded,
+    BufferIsReturned,
+    ResultIsWrittenThroughAView,
+    InputIsOverwritten,
+)
+
+
+def step(module, call, a):
+    """Results, gradients and buffers after a training step."""
+    a = a.detach().requires_grad_()
+    results = call(a)
+    results = results if isinstance(results, tuple) else (results,)
+    sum((r * torch.linspace(0.5, 1.5, r.numel()).view(r.shape)).sum() for r in results).backward()
+    state = [t.detach().clone() for t in (*results, *module.buffers(), *module.parameters())]
+    return state, [a.grad, *(p.grad for p in module.parameters() if p.grad is not None)]
+
+
+@pytest.mark.skipif(compiler.missing() is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("make", MODULES, ids=lambda m: m.__name__)
+def test_a_training_step_is_eager_s(make, fresh):
+    module = make()
+    reference = copy.deepcopy(module)
+    call = torch.compile(module, backend=snn, options={"strict": True})
+    for scale in (1.0, 2.0):
+        expected, gradients = step(reference, reference, x() * scale)
+        got, got_gradients = step(module, call, x() * scale)
+        for a, b in zip(expected, got, strict=True):
+            torch.testing.assert_close(b, a, rtol=0, atol=1e-7 if make is Homeostasis else 0)  # (a mean is Inductor's)
+        for a, b in zip(gradients, got_gradients, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+    assert counters["snn_compile"]["recurrences_lowered"] == 1
+
+
+def rewrite(gm):
+    work_on_copies(gm.graph)
+    functionalize(gm)
+
+
+def test_one_write_is_left():
+    def f(a, v):
+        v.mul_(0.5).add_(a[0])
+        v[0] = 1.0
+        y = v * 2.0
+        v.clamp_(max=0.5)
+        return y + v
+
+    captured = capture(f, x().detach(), torch.ones(3, 5))
+    captured.check(rewrite)
+    assert [n.target for n in captured.gm.graph.nodes if is_write(n)] == ["copy_"]
+
+
+def of_integers(a, count):
+    count.add_(1)
+    return a * count
+
+
+def a_view_is_returned(a, v):
+    v.add_(a[0])
+    return v[0]
+
+
+def a_parameter(a, p):
+    with torch.no_grad():
+        p.mul_(2.0)
+    return a * 1.0
+
+
+@pytest.mark.parametrize(
+    ("function", "given"),
+    [
+        (of_integers, torch.zeros((), dtype=torch.int64)),
+        (a_view_is_returned, torch.ones(3, 5)),
+        (a_parameter, nn.Parameter(torch.ones(5))),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+def test_near_misses(function, given):
+    captured = capture(function, x().detach(), given)
+    assert work_on_copies(captured.gm.graph) == 0
+
+
+def test_inputs_that_share_memory_are_left_alone():
+    whole = torch.ones(6, 5)
+
+    def f(a, v, w):
+        v.add_(a[0])
+        return w * 2.0
+
+    captured = capture(f, x().detach(), whole[:3], whole)
+    assert work_on_copies(captured.gm.graph) == 0
