@@ -45,8 +45,9 @@ def specialize_floats(gm: fx.GraphModule) -> None:
             gm.graph.erase_node(node)
 
 
-#: Of all times that Dynamo may trace one function (`recompile_limit`), those that may be spent on one size of batch each.
-SPECIALIZED_TRACES = 4
+#: Of all times that Dynamo may trace one function (`recompile_limit`), those left for sizes that stay symbolic: with and without
+#: gradients. Before, each trace is for one size of batch: the steps as a program, where symbolic ones are unrolled.
+SYMBOLIC_TRACES = 2
 
 
 def specialize_sizes(values: Iterable[object]) -> None:
@@ -57,7 +58,8 @@ def specialize_sizes(values: Iterable[object]) -> None:
     """
     identity = CompileContext.current_compile_id()
     traces = identity.frame_compile_id if identity is not None else None
-    if traces is None or traces >= SPECIALIZED_TRACES or not torch._dynamo.config.assume_static_by_default:
+    most = torch._dynamo.config.recompile_limit - SYMBOLIC_TRACES
+    if traces is None or traces >= most or not torch._dynamo.config.assume_static_by_default:
         return
     for value in values:
         sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else ()

@@ -3,8 +3,8 @@
     for t: self.v.mul_(0.9).add_(x[t]); …      ->      v = keep(self.v); for t: v.mul_(0.9).add_(x[t]); …; self.v.copy_(v)
 
 The copy is of the graph's own making, so its writes become values (`passes/functionalize`), and a state that lies in a buffer is
-one like any other. And gradients are right: AOTAutograd may keep the buffer itself for the backward (torch 2.11 to 2.15), or compute
-a value from it there once more, when it holds the new state; the result of `keep` is kept.
+one like any other. And gradients are right: AOTAutograd may keep the buffer itself for the backward (torch 2.11 to 2.15), or
+compute a value from it there once more, when it holds the new state; the result of `keep` is kept.
 
 Does not fire: integers; buffers that want a gradient, that share memory with another input, or a view of which is a result.
 """

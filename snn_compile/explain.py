@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from snn_compile import backend
 from snn_compile.errors import Rejection
-from snn_compile.ir.equations import equations, is_affine, nice_name, op_name, results, surrogate
+from snn_compile.ir.equations import equations, is_affine, nice_name, op_name, passes_gradient, results, spike_of_state, surrogate
 from snn_compile.ir.loop import Loop
 from snn_compile.ir.recurrence import Recurrence
 from snn_compile.ir.stepped import SteppedRecurrence
@@ -189,7 +189,7 @@ def _analysis(recurrence: Recurrence) -> list[str]:
     slope = surrogate(recurrence)
     if slope:
         lines.append(f"  {'surrogate':12} ds/du = {slope}, where u is the argument of the spike")
-    elif recurrence.backward is not None:
+    elif recurrence.backward is not None and not passes_gradient(recurrence) and spike_of_state(recurrence):
         lines.append(f"  {'surrogate':12} none: no gradient passes the spike")
     forward, backward = traffic(recurrence)
     moved = f"{forward:g} bytes forward" + (f", {backward:g} backward" if recurrence.backward is not None else "")

@@ -378,6 +378,15 @@ def surrogate(recurrence: Recurrence) -> str | None:
     return None
 
 
+def passes_gradient(recurrence: Recurrence) -> bool:
+    """Whether a result that is made of comparisons alone, such as a spike of three values, has a gradient."""
+    graph = recurrence.step.graph
+    compared = {n for n in graph.nodes if op_name(n) in COMPARISONS}
+    otherwise = reached(graph.find_nodes(op="placeholder"), stop=compared.__contains__)
+    values = results(recurrence.step)[len(recurrence.carries) :]
+    return any(y.differentiable and v not in otherwise for y, v in zip(recurrence.ys, values, strict=True))
+
+
 _LINEAR = {"add", "sub", "rsub", "mul", "div", "neg", "where", "_to_copy"}
 
 
