@@ -58,6 +58,7 @@ from snn_compile.passes.hoist_creations import hoist_creations
 from snn_compile.passes.index_steps import index_steps, index_stores
 from snn_compile.passes.inline_detached import inline_detached
 from snn_compile.passes.inline_steps import inline_steps
+from snn_compile.passes.merge_views import merge_views
 from snn_compile.passes.no_grad_regions import drop_idle_detaches
 from snn_compile.passes.read_steps_in_regions import REGIONS, is_region, read_steps_in_regions
 from snn_compile.passes.reroll import reroll
@@ -192,6 +193,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     counters["snn_compile"]["ops_decomposed"] += decomposed
     work_on_copies(work.graph)
     inline_detached(work)
+    merge_views(work.graph)
     index_steps(work)
     functionalize(work)
     index_stores(work)

@@ -143,7 +143,10 @@ def nice_name(name: str) -> str:
     base = base_name(name)
     found = re.fullmatch(r"[lg]_(.*?)_*", base, re.IGNORECASE)
     if found and found[1]:
-        base = re.split(r"_(?:parameters|buffers)_|^self_", found[1])[-1].strip("_") or base
+        *holders, last = (part.strip("_") for part in re.split(r"_(?:parameters|buffers)_|^self_", found[1]))
+        if last.isdigit() and holders:  # of a `ParameterList`
+            last = f"{holders[-1].split('_')[-1]}_{last}"
+        base = last or base
     return base
 
 

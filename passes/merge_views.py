@@ -1,0 +1,67 @@
+"""Equal views of one tensor are one.
+
+    for t: v = 0.9*v + x.transpose(0, 1)[t]        ->      y = x.transpose(0, 1); for t: v = 0.9*v + y[t]
+
+A view of the whole series that is made anew in every step is no series to `reroll`: each step would read another tensor.
+
+Does not fire: reads of single steps (`x[t]`), tensors that are written into, `no_grad` regions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from snn_compile.ir.values import example, storage_key
+from snn_compile.passes.effects import is_grad_switch, written
+
+#: Names of methods, and of the functions like them; `flip` and `reshape` may be copies, which nobody writes into either.
+VIEWS = frozenset(
+    [
+        "transpose",
+        "permute",
+        "movedim",
+        "swapaxes",
+        "swapdims",
+        "t",
+        "adjoint",
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "flip",
+        "contiguous",
+    ]
+)
+
+
+def merge_views(graph: fx.Graph) -> int:
+    """Rewrite `graph` (torch-level, with examples) in place; gives how many views are gone."""
+    if any(is_grad_switch(n) for n in graph.nodes):
+        return 0
+    touched = {storage_key(operand) for n in graph.nodes for operand in written(n)}
+    first: dict[object, fx.Node] = {}
+    count = 0
+    for node in list(graph.nodes):
+        if not _is_view(node) or touched & {storage_key(node), storage_key(node.args[0])}:
+            continue
+        same = first.setdefault((str(node.target), repr(node.args), repr(sorted(node.kwargs.items()))), node)
+        if same is not node and node.args[0] is same.args[0]:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+            count += 1
+    return count
+
+
+def _is_view(node: fx.Node) -> bool:
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    is_torch_s = node.op == "call_method" or getattr(torch, str(name), None) is node.target
+    return (
+        name in VIEWS
+        and is_torch_s
+        and bool(node.args)
+        and isinstance(example(node), Tensor)
+        and isinstance(node.args[0], fx.Node)
+    )
