@@ -53,18 +53,21 @@ def _is_buffer(value: object) -> bool:
 
 def _is_written(graph: fx.Graph, given: fx.Node) -> bool:
     """Whether something writes into it, and no result of the graph is a view of it."""
-    aliases = [n for n in graph.nodes if storage_key(n) == storage_key(given)]
-    results = graph.output_node().all_input_nodes
-    return any(is_write(n) and n.args and n.args[0] in aliases for n in graph.nodes) and not any(
-        n in results and n is not given for n in aliases
-    )
+    aliases = {n for n in graph.nodes if storage_key(n) == storage_key(given)}
+    if any(n in aliases and n is not given for n in graph.output_node().all_input_nodes):
+        return False
+    reads = [n for n in graph.nodes if n.op != "output" and not aliases.isdisjoint(n.all_input_nodes)]
+    first = next((i for i, n in enumerate(reads) if is_write(n) and n.args and n.args[0] in aliases), None)
+    # without a backward to come, a last write may as well go into the buffer itself
+    return first is not None and (torch.is_grad_enabled() or first + 1 < len(reads))
 
 
 def _copy(graph: fx.Graph, given: fx.Node, first: fx.Node) -> None:
     key, output = storage_key(given), graph.output_node()
     aliases = [n for n in graph.nodes if storage_key(n) == key and n is not given]
     with graph.inserting_before(first):
-        copy = emit(graph, "call_function", KEEP, (given,), {})
+        is_kept = torch.is_grad_enabled()
+        copy = emit(graph, "call_function" if is_kept else "call_method", KEEP if is_kept else "clone", (given,), {})
     given.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy and user is not output)
     for node in aliases:
         node.meta["example_value"] = example(node.args[0]) if is_write(node) else evaluate(node)

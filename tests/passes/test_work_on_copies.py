@@ -181,6 +181,17 @@ def test_near_misses(function, given):
     assert work_on_copies(captured.gm.graph) == 0
 
 
+def test_a_last_write_is_left_where_nothing_is_differentiated():
+    def last(a, v):
+        y = v * 2.0
+        v.copy_(a[0])
+        return y
+
+    with torch.no_grad():
+        assert work_on_copies(capture(last, x().detach(), torch.ones(3, 5)).gm.graph) == 0
+    assert work_on_copies(capture(last, x().detach(), torch.ones(3, 5)).gm.graph) == 1
+
+
 def test_inputs_that_share_memory_are_left_alone():
     whole = torch.ones(6, 5)
 
