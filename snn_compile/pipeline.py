@@ -150,8 +150,8 @@ class Report:
     changed: bool = False
 
 
-#: Pointwise ops without PyTorch's tag for them.
-UNTAGGED = ("hardswish.default",)
+#: Pointwise ops without PyTorch's tag for them (all but hardswish have it in torch 2.13).
+UNTAGGED = ("hardswish.default", "leaky_relu.default", "elu.default", "gelu.default")
 
 
 def is_pointwise_op(op: torch._ops.OpOverload) -> bool:
