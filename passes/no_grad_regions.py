@@ -48,8 +48,9 @@ def drop_idle_detaches(graph: fx.Graph) -> None:
     seen = {storage_key(n) for n in graph.nodes if any(u.op == "output" or is_write(u) for u in n.users)}
     for node in graph.find_nodes(op="call_method", target="detach"):
         operand = node.args[0]
-        if storage_key(node) not in seen and not example(operand).requires_grad:  # type: ignore[attr-defined]
-            node.replace_all_uses_with(operand)  # type: ignore[arg-type]
+        assert isinstance(operand, fx.Node)
+        if not operand.all_input_nodes and storage_key(node) not in seen and not example(operand).requires_grad:  # type: ignore[attr-defined]
+            node.replace_all_uses_with(operand)
             graph.erase_node(node)
 
 

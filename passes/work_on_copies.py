@@ -48,7 +48,9 @@ def work_on_copies(graph: fx.Graph) -> int:
 
 
 def _is_buffer(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dtype.is_floating_point and not (value.is_leaf and value.requires_grad)
+    if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
+        return False
+    return not (value.is_leaf and value.requires_grad and torch.is_grad_enabled())
 
 
 def _is_written(graph: fx.Graph, given: fx.Node) -> bool:
