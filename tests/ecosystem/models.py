@@ -182,7 +182,7 @@ class TutorialNet(nn.Module):
 
 
 def spikingjelly() -> Iterator[tuple]:  # type: ignore[type-arg]
-    from spikingjelly.activation_based import functional, neuron, surrogate
+    from spikingjelly.activation_based import functional, layer, neuron, rnn, surrogate
 
     nodes: dict[str, Callable[[], nn.Module]] = {
         f"{name}{label}": lambda name=name, options=options: getattr(neuron, name)(**options)
@@ -203,8 +203,22 @@ def spikingjelly() -> Iterator[tuple]:  # type: ignore[type-arg]
         yield f"{name}, single step", lambda make=make: Loop(make())
         if name != "LIFNode, all states":
             yield f"{name}, multi-step", lambda make=make: _multi_step(functional, make())
+    for name in ("SpikingVanillaRNN", "SpikingGRU", "SpikingLSTM"):  # the last one bounds its state under `no_grad`
+        yield name, lambda name=name: First(getattr(rnn, name)(N, N, 1))
+    yield "LinearRecurrentContainer", lambda: _multi_step(functional, layer.LinearRecurrentContainer(neuron.LIFNode(), N, N))
     yield "PSN", lambda: neuron.PSN(T), 0, "no state: one matrix product over time"
     yield "tutorial net", lambda: JellyNet(neuron, surrogate), 2
+
+
+class First(nn.Module):
+    """The series that a recurrent network gives, without its last states."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)[0]
 
 
 def _multi_step(functional, module: nn.Module) -> nn.Module:  # type: ignore[no-untyped-def]
