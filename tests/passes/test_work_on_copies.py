@@ -1,6 +1,8 @@
 """Buffers that a graph writes into: states like any other, written back once, with eager's gradients."""
 
 import copy
+import operator
+import random
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from snn_compile.passes.effects import is_write
 from snn_compile.passes.functionalize import functionalize
 from snn_compile.passes.work_on_copies import work_on_copies
 from tests.passes.capture import Spike, capture, x
+from tests.passes.test_functionalize import WRITES, copy_column, set_column, set_row, set_where
 
 
 class Buffers(nn.Module):
@@ -136,6 +139,42 @@ def test_a_training_step_is_eager_s(make, fresh):
 def rewrite(gm):
     work_on_copies(gm.graph)
     functionalize(gm)
+
+
+#: Writes whose backward needs no value: of others, eager keeps what a later write into `.data` changes unseen.
+LINEAR = [w for w in WRITES if w in (operator.iadd, operator.isub, set_where, set_row, set_column, copy_column)]
+
+
+def writes_at_random(seed):
+    """Writes into two buffers and a tensor of the graph's own, some under `no_grad` or into `.data`, and reads in between."""
+    draw = random.Random(seed)
+    kinds = [draw.choice((*LINEAR, "read", "read", "rename")) for _ in range(10)]
+    modes = [draw.choice(("", "", "no_grad", "data")) for _ in kinds]
+    names = [draw.sample("vwu", 2) for _ in kinds]
+
+    def f(a, v, w):
+        value = {"v": v, "w": w, "u": a[2] - 1.0}
+        seen = []
+        for t, (kind, mode, (name, other)) in enumerate(zip(kinds, modes, names, strict=True)):
+            operand = a[t % 6] * 0.5 if mode == "" else a[t % 6] + value[other]
+            if kind == "read":
+                seen.append(value[name] * 3.0 + operand)
+            elif kind == "rename":
+                value[name] = value[other]
+            elif mode == "no_grad":
+                with torch.no_grad():
+                    kind(value[name], operand)
+            else:
+                kind(value[name].data if mode == "data" else value[name], operand)
+        return *seen, *(value[name] * 2.0 for name in "vwu")
+
+    return f
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_writes_at_random(seed):
+    captured = capture(writes_at_random(seed), x(), torch.full((3, 5), 0.25), torch.ones(3, 5))
+    captured.check(rewrite)
 
 
 def test_one_write_is_left():
