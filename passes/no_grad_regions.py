@@ -13,7 +13,7 @@ that were made in one call before.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import Tensor, fx
 
@@ -32,12 +32,12 @@ def detach_no_grad_regions(gm: fx.GraphModule) -> None:
     while i + 1 < len(switches):
         off, on = switches[i], switches[i + 1]
         is_region = off.args[0] is False and on.args[0] is True
-        inside = list(_between(off, on)) if is_region else []
+        inside = dict.fromkeys(_between(off, on)) if is_region else {}
         if not is_region or not all(_can_be_detached(n, given) for n in inside):
             i += 1
             continue
         for node in inside:
-            _detach(gm, node, set(inside))
+            _detach(gm, node, inside)
         gm.graph.erase_node(off)
         gm.graph.erase_node(on)
         i += 2
@@ -64,7 +64,7 @@ def _write_data(gm: fx.GraphModule, given: set[int | None]) -> None:
         if is_write(write) and not write.users and write.args[0] is node and _can_be_detached(write, given):
             write.replace_input_with(node, node.args[0])
             gm.graph.erase_node(node)
-            _detach(gm, write, set())
+            _detach(gm, write, ())
 
 
 def _between(off: fx.Node, on: fx.Node) -> Iterator[fx.Node]:
@@ -87,7 +87,7 @@ def _holds_tensors(value: object) -> bool:
     return isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value)
 
 
-def _detach(gm: fx.GraphModule, node: fx.Node, inside: set[fx.Node]) -> None:
+def _detach(gm: fx.GraphModule, node: fx.Node, inside: Collection[fx.Node]) -> None:
     """`node`, which ran under `no_grad`, where gradients are on."""
     if is_getitem(node):  # (what is read of a series or of a call's results; the series is one for all steps)
         if isinstance(example(node), Tensor) and _may_want_gradient(node):

@@ -11,6 +11,8 @@ Does not fire: integers; buffers that want a gradient, that share memory with an
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 from torch import Tensor, fx
 
@@ -36,13 +38,17 @@ KEEP = torch.ops.snn_compile_memory.keep.default
 
 def work_on_copies(graph: fx.Graph) -> int:
     """Rewrite `graph` (torch-level, with examples) in place; gives how many inputs are copied."""
-    inputs = graph.find_nodes(op="placeholder")
     first = next((n for n in graph.nodes if n.op not in ("placeholder", "get_attr")), None)
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    sharing: dict[int | None, list[fx.Node]] = defaultdict(list)
+    for node in order:
+        sharing[storage_key(node)].append(node)
     count = 0
-    for given in inputs:
-        alone = sum(storage_key(i) == storage_key(given) for i in inputs) == 1
-        if first is not None and alone and _is_buffer(example(given)) and _is_written(graph, given):
-            _copy(graph, given, first)
+    for given in graph.find_nodes(op="placeholder"):
+        names = sharing[storage_key(given)]
+        alone = sum(n.op == "placeholder" for n in names) == 1
+        if first is not None and alone and _is_buffer(example(given)) and _may_be_copied(given, names, order):
+            _copy(graph, given, names, first)
             count += 1
     return count
 
@@ -53,25 +59,28 @@ def _is_buffer(value: object) -> bool:
     return not (value.is_leaf and value.requires_grad and torch.is_grad_enabled())
 
 
-def _is_written(graph: fx.Graph, given: fx.Node) -> bool:
-    """Whether something writes into it, and no result of the graph is a view of it."""
-    aliases = {n for n in graph.nodes if storage_key(n) == storage_key(given)}
-    if any(n in aliases and n is not given for n in graph.output_node().all_input_nodes):
+def _may_be_copied(given: fx.Node, names: list[fx.Node], order: dict[fx.Node, int]) -> bool:
+    """Whether something writes into it, no result of the graph is a view of it, and something is gained.
+
+    `names`: all nodes in its memory.
+    """
+    readers = sorted({u for n in names for u in n.users}, key=order.__getitem__)
+    if any(u.op == "output" for n in names if n is not given for u in n.users):
         return False
-    reads = [n for n in graph.nodes if n.op != "output" and not aliases.isdisjoint(n.all_input_nodes)]
-    first = next((i for i, n in enumerate(reads) if is_write(n) and n.args and n.args[0] in aliases), None)
+    reads = [u for u in readers if u.op != "output"]
+    first = next((i for i, u in enumerate(reads) if is_write(u) and u.args and u.args[0] in names), None)
     # without a backward to come, a last write may as well go into the buffer itself
     return first is not None and (torch.is_grad_enabled() or first + 1 < len(reads))
 
 
-def _copy(graph: fx.Graph, given: fx.Node, first: fx.Node) -> None:
-    key, output = storage_key(given), graph.output_node()
-    aliases = [n for n in graph.nodes if storage_key(n) == key and n is not given]
+def _copy(graph: fx.Graph, given: fx.Node, names: list[fx.Node], first: fx.Node) -> None:
+    output = graph.output_node()
     with graph.inserting_before(first):
         is_kept = torch.is_grad_enabled()
         copy = emit(graph, "call_function" if is_kept else "call_method", KEEP if is_kept else "clone", (given,), {})
     given.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy and user is not output)
-    for node in aliases:
-        node.meta["example_value"] = example(node.args[0]) if is_write(node) else evaluate(node)
+    for node in names:
+        if node is not given:
+            node.meta["example_value"] = example(node.args[0]) if is_write(node) else evaluate(node)
     with graph.inserting_before(output):
         graph.call_method("copy_", (given, copy)).meta = {"example_value": example(given)}
