@@ -23,6 +23,7 @@ from snn_compile.lowering.registration import (
     canonical_text,
     define_once,
     define_op,
+    kept_operands,
     library,
     one_or_tuple,
     signature_texts,
@@ -89,6 +90,7 @@ def _define(name: str, r: SteppedRecurrence, target_for: TargetFor) -> None:
         lambda *a: one_or_tuple(allocate_stepped_gradients(r, a[:n_operands], a[n_operands:n_saved], a[-1])),
     )
     _register_autograd(name, r, n_results)
+    kept_operands[name] = r.reads
 
 
 def _register_autograd(name: str, r: SteppedRecurrence, n_results: int) -> None:

@@ -109,11 +109,22 @@ def _define(name: str, recurrence: Recurrence, target_for: TargetFor) -> None:
         lambda *a: one_or_tuple(allocate_gradients(recurrence, a[:n_operands], a[-1])),
     )
     _register_autograd(name, recurrence)
+    kept_operands[name] = (True,) * n_operands
 
 
 def is_kernel(node: fx.Node) -> bool:
     """Whether a node of a torch-level graph calls an op of ours."""
     return getattr(node.target, "namespace", "") == NAMESPACE
+
+
+#: By op of this process that has a backward: which operands are kept for it.
+kept_operands: dict[str, Sequence[bool]] = {}
+
+
+def saved_operands(node: fx.Node) -> list[fx.Node]:
+    """The operands of a kernel's call that autograd keeps."""
+    name = node.target._schema.name.split("::")[1] if is_kernel(node) else ""  # type: ignore[union-attr]
+    return [a for a, is_kept in zip(node.args, kept_operands.get(name, ()), strict=False) if is_kept and isinstance(a, fx.Node)]
 
 
 def define_op(name: str, schema: str, run: Callable, fake: Callable) -> None:  # type: ignore[type-arg]

@@ -14,31 +14,25 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from snn_compile.ir.values import example, flat_nodes, storage_key
+from snn_compile.ir.values import storage_key
 from snn_compile.passes.effects import written
 from snn_compile.passes.emit import emit
 from snn_compile.passes.work_on_copies import KEEP
 
 
-def separate_saved(graph: fx.Graph, is_kernel: Callable[[fx.Node], bool]) -> int:
-    """Rewrite `graph` in place; gives how many operands were copied."""
+def separate_saved(graph: fx.Graph, saved_operands: Callable[[fx.Node], list[fx.Node]]) -> int:
+    """Rewrite `graph` in place; gives how many operands were copied. `saved_operands`: what autograd keeps of a node's."""
     if not torch.is_grad_enabled():
         return 0
     later: set[int | None] = set()  # the memory that is written into after a node
     copied = 0
     for node in reversed(list(graph.nodes)):
-        if is_kernel(node) and any(_wants_gradient(n) for n in flat_nodes(node.args)):
-            for operand in dict.fromkeys(flat_nodes(node.args)):
-                if storage_key(operand) is not None and storage_key(operand) in later:
-                    with graph.inserting_before(node):
-                        node.replace_input_with(operand, emit(graph, "call_function", KEEP, (operand,), {}))
-                    copied += 1
+        for operand in dict.fromkeys(saved_operands(node)):
+            if storage_key(operand) is not None and storage_key(operand) in later:
+                with graph.inserting_before(node):
+                    node.replace_input_with(operand, emit(graph, "call_function", KEEP, (operand,), {}))
+                copied += 1
         later.update(storage_key(n) for n in written(node))
     return copied
-
-
-def _wants_gradient(node: fx.Node) -> bool:
-    value = example(node)
-    return isinstance(value, Tensor) and value.requires_grad

@@ -30,7 +30,7 @@ from snn_compile.lowering.launch import Direction
 from snn_compile.lowering.lower_loops import lower_loop, make_recurrence, make_stepped
 from snn_compile.lowering.max_pool import max_pool2d
 from snn_compile.lowering.register_stepped import register_stepped
-from snn_compile.lowering.registration import is_kernel, register
+from snn_compile.lowering.registration import is_kernel, register, saved_operands
 from snn_compile.passes.batch_time import batch_time
 from snn_compile.passes.carry_statistics import (
     carry_statistics,
@@ -235,7 +235,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     restore_writes(work, is_kernel)
     counters["snn_compile"]["convolutions_channels_last"] += channels_last(work.graph, is_kernel, max_pool2d)
     separate_saved_statistics(work)
-    separate_saved(work.graph, is_kernel)
+    separate_saved(work.graph, saved_operands)
     separate_results(work.graph, given)
     _finish(work)
     dump(work, "6_unroll")
