@@ -48,7 +48,7 @@ def merge_views(graph: fx.Graph) -> int:
         if not _is_view(node) or touched & {storage_key(node), storage_key(node.args[0])}:
             continue
         same = first.setdefault((str(node.target), repr(node.args), repr(sorted(node.kwargs.items()))), node)
-        if same is not node and node.args[0] is same.args[0]:
+        if same is not node:
             node.replace_all_uses_with(same)
             graph.erase_node(node)
             count += 1

@@ -80,7 +80,7 @@ def _can_be_detached(node: fx.Node, given: set[int | None]) -> bool:
     if is_write(node):
         target = node.args[0] if node.args else None
         return isinstance(target, fx.Node) and "out" not in node.kwargs and storage_key(target) not in given
-    return is_getitem(node) or all(isinstance(example(i), Tensor) or not _holds_tensors(example(i)) for i in node.all_input_nodes)
+    return is_getitem(node) or not any(_holds_tensors(example(i)) for i in node.all_input_nodes)
 
 
 def _holds_tensors(value: object) -> bool:
@@ -90,7 +90,7 @@ def _holds_tensors(value: object) -> bool:
 def _detach(gm: fx.GraphModule, node: fx.Node, inside: Collection[fx.Node]) -> None:
     """`node`, which ran under `no_grad`, where gradients are on."""
     if is_getitem(node):  # (what is read of a series or of a call's results; the series is one for all steps)
-        if isinstance(example(node), Tensor) and _may_want_gradient(node):
+        if _may_want_gradient(node):
             with gm.graph.inserting_after(node):
                 detached = _detached(gm.graph, node, node)
             node.replace_all_uses_with(detached, delete_user_cb=lambda user: user is not detached)
