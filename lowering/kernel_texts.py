@@ -38,6 +38,9 @@ class _Recorder:
         self.texts.append((direction, self.target.source(recurrence, direction, layout)))
         return _Skip()
 
+    def direct(self, namespace: str) -> None:
+        return None
+
     def note_channel_kernel(self, kernel: CpuChannelKernel | GpuChannelKernel, direction: Direction) -> _SkipChannels:
         return _SkipChannels(lambda operands: self.texts.append((direction, kernel.text(operands))))
 
@@ -63,7 +66,7 @@ def kernel_texts(recurrence: Recurrence, operands: Sequence[Tensor], steps: int)
     device = operands[0].device
     meta = [torch.empty_strided(_sizes(o), _strides(o), dtype=o.dtype, device="meta") for o in operands]
     recorder = _Recorder(targets.for_device(device))
-    plain = replace(recurrence, kernels={}, launches={})  # a recurrence remembers its compiled kernels
+    plain = replace(recurrence, kernels={}, launches={}, direct={})  # a recurrence remembers its compiled kernels
     with torch.no_grad():
         results = run_forward(plain, recorder, meta, steps)
         if plain.backward is not None:

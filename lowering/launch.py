@@ -49,6 +49,26 @@ class Target(Protocol):
     def kernel(self, recurrence: Recurrence, direction: Direction, layout: Layout) -> Kernel:
         """Compile (or find in a cache) the kernel of that source."""
 
+    def direct(self, namespace: str) -> Direct | None:
+        """What answers calls of ops without Python; None where nothing does."""
+
+
+class DirectCalls(Protocol):
+    """The calls of one op that are answered without Python."""
+
+    def add(self, steps: int, tensors: Sequence[Tensor | None], results: Sequence[ResultSpec], kernel: Any) -> None:
+        """A later call with operands of the sizes and strides of `tensors` runs `kernel` on them and on new `results`."""
+
+
+class Direct(Protocol):
+    """Whose kernels PyTorch's dispatcher calls without Python, for ops of one namespace."""
+
+    def define(self, op: str, in_python: str, is_optional: Sequence[bool]) -> DirectCalls | None:
+        """Calls of `op` that are not known yet go to the op `in_python`. None: there are too many."""
+
+    def in_python(self, run: Callable[..., Any], fake: Callable[..., Any], results: int) -> Callable[..., Any]:
+        """`run`, as what the op `in_python` is to be."""
+
 
 # ---------------------------------------------------------------------------------------------------------- allocation
 
@@ -156,7 +176,8 @@ def run_forward(recurrence: Recurrence, target: Target, operands: Sequence[Tenso
     key = (target.name, "forward", steps, *_signature(operands))
     launch = recurrence.launches.get(key)
     if launch is None:
-        launch = _remember(recurrence, key, _prepare_forward(recurrence, target, operands, steps))
+        launch = _prepare_forward(recurrence, target, operands, steps)
+        _remember(recurrence, key, launch, operands)
     return launch(operands)
 
 
@@ -172,7 +193,8 @@ def run_backward(
     key = (target.name, "backward", steps, *_signature(tensors))
     launch = recurrence.launches.get(key)
     if launch is None:
-        launch = _remember(recurrence, key, _prepare_backward(recurrence, target, operands, cotangents, steps))
+        launch = _prepare_backward(recurrence, target, operands, cotangents, steps)
+        _remember(recurrence, key, launch, tensors)
     return launch(tensors)
 
 
@@ -186,11 +208,14 @@ def _signature(tensors: Sequence[Tensor | None]) -> list[object]:
     return signature
 
 
-def _remember(recurrence: Recurrence, key: object, launch: Launch) -> Launch:
+def _remember(recurrence: Recurrence, key: tuple[Any, ...], launch: Launch, tensors: Sequence[Tensor | None]) -> None:
     if len(recurrence.launches) >= MOST_LAUNCHES:  # sizes that change from call to call: none of them comes back
         recurrence.launches.clear()
     recurrence.launches[key] = launch
-    return launch
+    _, direction, steps, *_ = key
+    direct = recurrence.direct.get(direction)
+    if direct is not None and launch.kernel is not None:
+        direct.add(steps, tensors, launch.results, launch.kernel)
 
 
 def _prepare_forward(recurrence: Recurrence, target: Target, operands: Sequence[Tensor], steps: int) -> Launch:

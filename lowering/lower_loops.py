@@ -34,17 +34,19 @@ def make_recurrence(call: fx.Node, loop: Loop, grad_enabled: bool) -> Recurrence
     _shrink_initial_states(call, loop)
     shape = _lanes(call, loop)
     _check_promotion(loop, shape)
+    device = _device(call, loop)
     recurrence = trace_step(
         _runner(loop),
         name=loop.name,
         **_signature(call, loop, grad_enabled),
         shape=shape,
-        device=_device(call, loop),
+        device=device,
         supported=ops.is_supported,
     )
     for traced, wanted in zip(recurrence.ys, loop.ys, strict=True):
         if traced.dtype != wanted.example.dtype:
             raise Reject(f"'{wanted.name}' is {wanted.example.dtype} in the loop and {traced.dtype} in its trace")
+    recurrence.meta["device"] = device
     recurrence.location = loop.location
     return recurrence
 

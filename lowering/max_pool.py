@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from snn_compile.lowering.registration import NAMESPACE, define_once, define_op, library
+from snn_compile.lowering.registration import define_differentiable, define_once, define_op, overload
 
 _ARGUMENTS = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode"
 
@@ -38,12 +38,6 @@ def _op() -> torch._ops.OpOverload:
 def _define() -> None:
     # (what runs on tensors runs on fake ones, too)
     define_op(
-        "max_pool2d",
-        f"(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor)",
-        torch.ops.aten.max_pool2d_with_indices.default,
-        torch.ops.aten.max_pool2d_with_indices.default,
-    )
-    define_op(
         "max_pool2d_backward",
         f"(Tensor grad_y, Tensor x, {_ARGUMENTS}, Tensor indices) -> Tensor",
         torch.ops.aten.max_pool2d_with_indices_backward.default,
@@ -59,7 +53,9 @@ def _define() -> None:
         x, indices = ctx.saved_tensors
         # (ATen goes by the gradient's layout, and copies all others)
         grad_y = grad_y.contiguous(memory_format=torch._prims_common.suggest_memory_format(x))
-        grad_x = getattr(torch.ops, NAMESPACE).max_pool2d_backward.default(grad_y, x, *ctx.arguments, indices)
+        grad_x = overload("max_pool2d_backward")(grad_y, x, *ctx.arguments, indices)
         return (grad_x, *(None,) * len(ctx.arguments))
 
-    torch.library.register_autograd(f"{NAMESPACE}::max_pool2d", backward, setup_context=setup_context, lib=library)
+    run = torch.ops.aten.max_pool2d_with_indices.default
+    schema = f"(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor)"
+    define_differentiable("max_pool2d", schema, run, run, (setup_context, backward))

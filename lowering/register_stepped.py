@@ -10,22 +10,24 @@ op alone. Sizes are part of the name: the step's graph holds them.
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from snn_compile.ir.stepped import SteppedRecurrence
 from snn_compile.lowering.channels_last import is_channels_last
 from snn_compile.lowering.registration import (
     GENERATOR_VERSION,
-    NAMESPACE,
+    Derivative,
     TargetFor,
     canonical_text,
+    define_differentiable,
     define_once,
     define_op,
     kept_operands,
-    library,
     one_or_tuple,
+    overload,
     signature_texts,
 )
 from snn_compile.lowering.stepped import (
@@ -64,13 +66,16 @@ def _define(name: str, r: SteppedRecurrence, target_for: TargetFor) -> None:
     n_given = n_results + len(kept_results(r))
     operands = ", ".join(f"Tensor a{i}" for i in range(n_operands))
 
-    define_op(
-        name,
-        f"({operands}, SymInt steps) -> ({', '.join(['Tensor'] * n_given)})",
-        lambda *a: one_or_tuple(run_stepped(r, target_for(a[0].device), a[:-1], a[-1])),
-        lambda *a: one_or_tuple(allocate_stepped(r, a[:-1], a[-1])),
-    )
+    schema = f"({operands}, SymInt steps) -> ({', '.join(['Tensor'] * n_given)})"
+
+    def run(*a: Any) -> Tensor | tuple[Tensor, ...]:
+        return one_or_tuple(run_stepped(r, target_for(a[0].device), a[:-1], a[-1]))
+
+    def fake(*a: Any) -> Tensor | tuple[Tensor, ...]:
+        return one_or_tuple(allocate_stepped(r, a[:-1], a[-1]))
+
     if r.backward is None:
+        define_op(name, schema, run, fake)
         return
     n_cts = sum(r.differentiable)
     n_saved = n_operands + n_kept
@@ -79,23 +84,23 @@ def _define(name: str, r: SteppedRecurrence, target_for: TargetFor) -> None:
     kept = "".join(f", Tensor k{i}" for i in range(n_kept))
     cts = "".join(f", Tensor? g{i}" for i in range(n_cts))
 
-    def run(*a):  # type: ignore[no-untyped-def]
+    def run_backward(*a: Any) -> Tensor | tuple[Tensor, ...]:
         target = target_for(device_of(a))
         return one_or_tuple(run_stepped_backward(r, target, a[:n_operands], a[n_operands:n_saved], a[n_saved:-1], a[-1]))
 
     define_op(
         f"{name}_backward",
         f"({optional}{kept}{cts}, SymInt steps) -> ({', '.join(['Tensor'] * n_grads)})",
-        run,
+        run_backward,
         lambda *a: one_or_tuple(allocate_stepped_gradients(r, a[:n_operands], a[n_operands:n_saved], a[-1])),
     )
-    _register_autograd(name, r, n_results)
+    define_differentiable(name, schema, run, fake, _derivative(name, r, n_results))
     kept_operands[name] = r.reads
 
 
-def _register_autograd(name: str, r: SteppedRecurrence, n_results: int) -> None:
+def _derivative(name: str, r: SteppedRecurrence, n_results: int) -> Derivative:
     needs_grad, differentiable = r.needs_grad, r.differentiable
-    backward_op = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward").default
+    backward_op = overload(f"{name}_backward")
 
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
         output = output if isinstance(output, (tuple, list)) else (output,)
@@ -114,4 +119,4 @@ def _register_autograd(name: str, r: SteppedRecurrence, n_results: int) -> None:
         rest = iter(gradients if isinstance(gradients, (tuple, list)) else (gradients,))
         return (*(next(rest) if needed else None for needed in needs_grad), None)
 
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=library)
+    return setup_context, backward

@@ -1,6 +1,9 @@
-"""One custom op a recurrence, with its backward op, named by content.
+"""One custom op a recurrence, with the ops of its forward and backward kernels, named by content.
 
     snn_compile::recurrence_<hash>(inits, xs, consts, steps) -> (ys, finals)
+
+It stands in the graph that AOTAutograd gets, which replaces it by ``recurrence_<hash>_forward`` and differentiates it with
+``recurrence_<hash>_backward``: what a compiled function calls are these two, without a layer of autograd in between.
 
 PyTorch's FX-graph and AOTAutograd caches key on the *name* of an op, so the name holds a hash of the step, its backward, the
 signature and the version of the generator: a changed surrogate formula is another op. One library fragment lives as long as
@@ -13,18 +16,31 @@ import hashlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from snn_compile.ir.recurrence import Recurrence, Signature
-from snn_compile.lowering.launch import Target, allocate_gradients, allocate_results, run_backward, run_forward
+from snn_compile.lowering.launch import (
+    Direct,
+    DirectCalls,
+    Target,
+    allocate_gradients,
+    allocate_results,
+    run_backward,
+    run_forward,
+)
 
 NAMESPACE = "snn_compile"
 #: Bump when generated code or the layout of results changes meaning: part of every op name, which caches go by.
-GENERATOR_VERSION = 9
+GENERATOR_VERSION = 10
 
 TargetFor = Callable[[torch.device], Target]
+#: What an op does on tensors.
+Op = Callable[..., Any]
+#: ``setup_context, backward`` of a `torch.autograd.Function`
+Derivative = tuple[Callable[..., Any], Callable[..., Any]]
 
 library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _registered: dict[str, Recurrence] = {}
@@ -79,7 +95,7 @@ def define_once(name: str, define: Callable[[], None]) -> torch._ops.OpOverload:
         if name not in _defined:
             define()
             _defined.add(name)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    return overload(name)
 
 
 def registered() -> dict[str, Recurrence]:
@@ -91,24 +107,30 @@ def _define(name: str, recurrence: Recurrence, target_for: TargetFor) -> None:
     n_operands = len(recurrence.carries) + len(recurrence.xs) + len(recurrence.consts)
     n_results = len(recurrence.ys) + len(recurrence.finals)
     operands = ", ".join(f"Tensor a{i}" for i in range(n_operands))
-    define_op(
-        name,
-        f"({operands}, SymInt steps) -> ({', '.join(['Tensor'] * n_results)})",
-        lambda *a: one_or_tuple(run_forward(recurrence, target_for(a[0].device), a[:-1], a[-1])),
-        lambda *a: one_or_tuple(allocate_results(recurrence, a[:-1], a[-1])),
-    )
+    schema = f"({operands}, SymInt steps) -> ({', '.join(['Tensor'] * n_results)})"
+
+    def run(*a: Any) -> Tensor | tuple[Tensor, ...]:
+        return one_or_tuple(run_forward(recurrence, target_for(a[0].device), a[:-1], a[-1]))
+
+    def fake(*a: Any) -> Tensor | tuple[Tensor, ...]:
+        return one_or_tuple(allocate_results(recurrence, a[:-1], a[-1]))
+
+    direct = target_for(recurrence.meta["device"]).direct(NAMESPACE) if "device" in recurrence.meta else None
     if recurrence.backward is None:
+        recurrence.direct["forward"] = define_op(name, schema, run, fake, direct)
         return
     n_cts = len(recurrence.differentiable_ys) + sum(c.differentiable for c in recurrence.finals)
     n_grads = sum(recurrence.needs_grad)
     cts = "".join(f", Tensor? g{i}" for i in range(n_cts))
-    define_op(
+    recurrence.direct["backward"] = define_op(
         f"{name}_backward",
         f"({operands}{cts}, SymInt steps) -> ({', '.join(['Tensor'] * n_grads)})",
         lambda *a: one_or_tuple(run_backward(recurrence, target_for(a[0].device), a[:n_operands], a[n_operands:-1], a[-1])),
         lambda *a: one_or_tuple(allocate_gradients(recurrence, a[:n_operands], a[-1])),
+        direct,
     )
-    _register_autograd(name, recurrence)
+    derivative = _derivative(name, recurrence)
+    recurrence.direct["forward"] = define_differentiable(name, schema, run, fake, derivative, direct)
     kept_operands[name] = (True,) * n_operands
 
 
@@ -127,22 +149,59 @@ def saved_operands(node: fx.Node) -> list[fx.Node]:
     return [a for a, is_kept in zip(node.args, kept_operands.get(name, ()), strict=False) if is_kept and isinstance(a, fx.Node)]
 
 
-def define_op(name: str, schema: str, run: Callable, fake: Callable) -> None:  # type: ignore[type-arg]
-    tags = [torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides]
-    library.define(name + schema, tags=tags)
+_TAGS = [torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides]
+
+
+def define_op(name: str, schema: str, run: Op, fake: Op, direct: Direct | None = None) -> DirectCalls | None:
+    """An op of a compiled graph: no gradient passes it. Of tensors and a number of steps: `direct` answers what it can."""
+    library.define(name + schema, tags=_TAGS)
     library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    if direct is None:
+        return None
+    *tensors, _ = overload(name)._schema.arguments
+    in_python = f"{name}_in_python"
+    define_op(in_python, schema, direct.in_python(run, fake, len(overload(name)._schema.returns)), fake)
+    return direct.define(name, f"{NAMESPACE}::{in_python}", [isinstance(a.type, torch.OptionalType) for a in tensors])
+
+
+def define_differentiable(
+    name: str, schema: str, run: Op, fake: Op, derivative: Derivative, direct: Direct | None = None
+) -> DirectCalls | None:
+    """An op for the graph that AOTAutograd gets, which replaces it by the op ``name_forward`` and what `derivative` calls.
+
+    `torch.library.register_autograd` would leave its layer of Python in the compiled graph: 10 us a call.
+    """
+    calls = define_op(f"{name}_forward", schema, run, fake, direct)
+    op = overload(f"{name}_forward")
+
+    class Differentiable(torch.autograd.Function):
+        forward = staticmethod(op)
+        setup_context, backward = map(staticmethod, derivative)
+
+    def decomposed(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return Differentiable.apply(*args)
+        return op(*args)
+
+    library.define(name + schema, tags=_TAGS)
+    library.impl(name, decomposed, "CompositeImplicitAutograd")
+    return calls
+
+
+def overload(name: str) -> torch._ops.OpOverload:
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def one_or_tuple(tensors: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
     return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
 
-def _register_autograd(name: str, recurrence: Recurrence) -> None:
+def _derivative(name: str, recurrence: Recurrence) -> Derivative:
     needs_grad = recurrence.needs_grad
     is_series = [len(recurrence.carries) <= i < len(recurrence.carries) + len(recurrence.xs) for i in range(len(needs_grad))]
     differentiable = recurrence.differentiable
-    backward_op = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward").default
+    backward_op = overload(f"{name}_backward")
 
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
         outputs = output if isinstance(output, (tuple, list)) else (output,)
@@ -166,7 +225,7 @@ def _register_autograd(name: str, recurrence: Recurrence) -> None:
         ]
         return (*summed, None)
 
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=library)
+    return setup_context, backward
 
 
 def sum_to(gradient: Tensor, operand: Tensor, is_series: bool) -> Tensor:

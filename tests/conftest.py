@@ -4,7 +4,8 @@ Marks: `gpu` is skipped where there is no CUDA or ROCm device; `slow` is only a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from snn_compile.lowering import channels_last, launch, stepped
+from snn_compile.lowering.cpp import direct_call
 from snn_compile.lowering.cpp import target as cpp
+from snn_compile.lowering.registration import NAMESPACE
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +35,35 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (channels_last, stepped):
         monkeypatch.setattr(module, "allocate", poisoned(module.allocate))
     monkeypatch.setattr(cpp, "allocate_scratch", lambda n: torch.full((n,), 255, dtype=torch.uint8))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def poison_direct_calls() -> Iterator[None]:
+    """Results that C++ allocates are all ones: NaN, or -1."""
+    direct = direct_call.direct(NAMESPACE)
+    if direct is None:
+        yield
+        return
+    pointer, number, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    torch_, at = direct.torch, direct_call.FUNCTIONS.index("aoti_torch_empty_strided")
+    table = torch_.table(*direct_call.FUNCTIONS)
+    function = ctypes.CFUNCTYPE(int32, number, pointer, pointer, int32, int32, int32, ctypes.POINTER(pointer))
+    allocate = function(table[at])
+
+    def poisoned(*args):  # type: ignore[no-untyped-def]
+        failed = allocate(*args)
+        if not failed:
+            made, data, size = pointer(args[-1][0]), pointer(), number()
+            assert not torch_.library.aoti_torch_get_data_ptr(made, ctypes.byref(data))
+            assert not torch_.library.aoti_torch_get_storage_size(made, ctypes.byref(size))
+            ctypes.memset(data, 255, size.value)
+        return failed
+
+    kept = function(poisoned)
+    table[at] = ctypes.cast(kept, pointer)
+    direct.set_functions(table)
+    yield
+    direct.set_functions(torch_.table(*direct_call.FUNCTIONS))
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from snn_compile.lowering.cpp import compiler
+from snn_compile.lowering.cpp.libtorch import LibTorch, libtorch
 
 TEXT = """
 // One step after the other: addresses of its values, its instructions, its states handed on.
@@ -179,18 +180,12 @@ OPS = {
 
 
 class Torch:
-    """Functions and numbers of Inductor's C interface to torch."""
+    """Functions and numbers of torch that the interpreter uses."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        def address(name: str) -> int:
-            return ctypes.cast(getattr(library, f"aoti_torch_{name}"), ctypes.c_void_p).value or 0
-
-        self.library = library
-        self.functions = {name: address(name) for name in OPS}
-        self.table = (ctypes.c_void_p * 2)(address("create_tensor_from_blob"), address("delete_tensor_object"))
-        self.dtypes = {d: getattr(library, f"aoti_torch_dtype_{str(d).removeprefix('torch.')}")() for d in DTYPES}
-        if library.aoti_torch_device_type_cpu() != 0:
-            raise AttributeError("device_type_cpu")
+    def __init__(self, torch_: LibTorch) -> None:
+        self.functions = {name: torch_.address(f"aoti_torch_{name}") for name in OPS}
+        self.table = torch_.table("aoti_torch_create_tensor_from_blob", "aoti_torch_delete_tensor_object")
+        self.dtypes = {d: torch_.dtype(d) for d in DTYPES}
 
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -198,11 +193,11 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @functools.cache
 def torch_functions() -> Torch | None:
-    """What libtorch offers to C, or None (private to PyTorch, if stable across versions; tested on 2.11, 2.13 and 2.15)."""
+    """None where this version of libtorch lacks one."""
     try:
-        library = compiler.libtorch()
-        return Torch(library) if library is not None else None
-    except (OSError, AttributeError):
+        found = libtorch()
+        return Torch(found) if found is not None else None
+    except AttributeError:
         return None
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from snn_compile.ir.recurrence import Recurrence
-from snn_compile.lowering.cpp import compiler
+from snn_compile.lowering.cpp import compiler, direct_call
 from snn_compile.lowering.cpp.codegen import generate
 from snn_compile.lowering.cpp.plan import Plan, is_streamed, plan
 from snn_compile.lowering.cpp.writer import KernelSource, Parameter
@@ -48,6 +48,9 @@ class CppTarget:
             gone = weakref.ref(recurrence, lambda _: self._generated.pop(key, None))
             self._generated[key] = (gone, kernel)
         return kernel
+
+    def direct(self, namespace: str) -> direct_call.Direct | None:
+        return direct_call.direct(namespace)
 
 
 class _CompiledKernel:

@@ -50,6 +50,9 @@ class TritonTarget:
     def source(self, recurrence: Recurrence, direction: Direction, layout: Layout) -> str:
         return generate(recurrence, direction, layout).source
 
+    def direct(self, namespace: str) -> None:
+        """Triton's launcher is Python."""
+
     def kernel(self, recurrence: Recurrence, direction: Direction, layout: Layout) -> Kernel:
         """Generated once a recurrence, direction and layout; compiled once a source."""
         known = self._texts.get(id(recurrence))
@@ -96,7 +99,8 @@ class Function:
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Launches go to this device's current stream."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    is_current = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return nullcontext() if is_current else torch.cuda.device(device)
 
 
 @dataclass(frozen=True)
@@ -121,13 +125,15 @@ class _Launcher:
         self.text, self.function = text, function
 
     def bind(self, tensors: Sequence[Tensor], placement: Placement, steps: int) -> BoundKernel:
+        device, prepared = tensors[0].device, self.prepared(tensors, placement, steps)
+
         def call(tensors: Sequence[Tensor]) -> None:
-            with on_device(tensors[0].device):
-                self.prepare(tensors, placement, steps)()
+            with on_device(device):
+                prepared(tensors)()
 
         return call
 
-    def prepare(self, tensors: Sequence[Tensor], placement: Placement, steps: int) -> Launch:
+    def prepared(self, tensors: Sequence[Tensor], placement: Placement, steps: int) -> Prepared:
         import triton.language as tl
 
         text, device, n = self.text, tensors[0].device, math.prod(placement.sizes)
@@ -139,19 +145,38 @@ class _Launcher:
         if text.segmented:
             constants["SEGMENT"] = segment
             segments = -(-steps // segment)
-        scratch = [torch.empty(max(segments - 1, 0) * n, dtype=d, device=device) for d in text.scratch]
-        values = [_argument(a, tensors, scratch, placement, steps, n) for a in text.arguments]
-        return Launch(self.function.for_values(values), -(-n // block), values, constants, options)
+        numbers = [_number(a, placement, steps, n) for a in text.arguments]
+        return Prepared(self.function, numbers, max(segments - 1, 0) * n, -(-n // block), constants, options)
 
 
-def _argument(
-    argument: Argument, tensors: Sequence[Tensor], scratch: list[Tensor], placement: Placement, steps: int, n: int
-) -> Tensor | int:
+@dataclass(frozen=True)
+class Prepared:
+    """A call but for its tensors: what is the same whenever they have these sizes and strides."""
+
+    function: Function
+    #: by argument; None: a tensor
+    numbers: list[int | None]
+    #: elements of each piece of scratch memory
+    scratch: int
+    programs: int
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Launch:
+        text, device = self.function.text, tensors[0].device
+        values: list[Any] = list(self.numbers)
+        for i, argument in enumerate(text.arguments):
+            if argument.kind == "pointer":
+                values[i] = tensors[argument.tensor]
+            elif argument.kind == "scratch":
+                values[i] = torch.empty(self.scratch, dtype=text.scratch[argument.tensor], device=device)
+        return Launch(self.function.for_values(values), self.programs, values, self.constants, self.options)
+
+
+def _number(argument: Argument, placement: Placement, steps: int, n: int) -> int | None:
     match argument.kind:
-        case "pointer":
-            return tensors[argument.tensor]
-        case "scratch":
-            return scratch[argument.tensor]
+        case "pointer" | "scratch":
+            return None
         case "T":
             return steps
         case "N":

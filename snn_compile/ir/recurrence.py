@@ -139,6 +139,8 @@ class Recurrence(Signature):
     kernels: dict = field(default_factory=dict, repr=False, compare=False)
     #: prepared calls by target, direction, T, sizes and strides (`lowering.launch.Launch`)
     launches: dict = field(default_factory=dict, repr=False, compare=False)
+    #: by direction: who answers later calls without Python (`lowering.launch.DirectCalls`)
+    direct: dict = field(default_factory=dict, repr=False, compare=False)
 
     def shape(self, operands: Sequence[torch.Tensor]) -> torch.Size:
         """``S``: the broadcast of the initial values, of one step's inputs and of the constants."""

@@ -151,7 +151,7 @@ def variants(name: str, sizes: Sequence[tuple[int, int]]) -> set[str]:
 
         def bind(self, tensors: Sequence[torch.Tensor], placement: Placement, steps: int):  # type: ignore[no-untyped-def]
             def record(tensors: Sequence[torch.Tensor]) -> None:
-                call = target.kernel(*self.key).prepare(tensors, placement, steps)
+                call = target.kernel(*self.key).prepared(tensors, placement, steps)(tensors)
                 binder = create_function_from_signature(call.function.signature, call.function.params, backend)
                 _, specialization, options = binder(*call.values, **call.constants, **call.options)
                 found.add(f"{call.function.__name__} {specialization} {options}")
