@@ -60,6 +60,11 @@ def has_effect(node: fx.Node) -> bool:
         return True
     if node.op == "call_module" or isinstance(node.target, torch._ops.HigherOrderOperator):
         return node.target is not torch.ops.higher_order.autograd_function_apply
+    return draws(node)
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether the node draws random numbers."""
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     return name.startswith(_RANDOM) or "dropout" in name or "attention" in name
 

@@ -32,6 +32,7 @@ from snn_compile.passes.effects import is_write
 from snn_compile.passes.emit import delete_unused_children
 from snn_compile.passes.find_repeats import Repeat, find_repeats
 from snn_compile.passes.loop_window import Window
+from snn_compile.passes.move_own_layers import MOVED
 from snn_compile.passes.plan_loop import LoopPlan
 from snn_compile.passes.relate_iterations import Graph, Run
 from snn_compile.passes.replace_loop import replace_by_loop
@@ -77,6 +78,8 @@ def _first_loop(gm: fx.GraphModule, accept: Accept, min_length: int, name: str, 
     for repeat, may_numbers_change in itertools.chain(((r, False) for r in repeats), changing):
         key = (view.nodes[repeat.start].name, repeat.period, may_numbers_change)
         if key in rejections or sum(k[2] == may_numbers_change for k in rejections) >= MAX_REJECTIONS[may_numbers_change]:
+            continue
+        if any(n.meta.get(MOVED) for n in view.nodes[repeat.start : repeat.start + repeat.period]):
             continue
         if all(is_getitem(n) for n in view.nodes[repeat.start : repeat.start + repeat.period]):
             rejections[key] = Rejection(ONLY_READS, location=user_location(view.nodes[repeat.start]), ops=repeat.covered)

@@ -59,6 +59,7 @@ from snn_compile.passes.index_steps import index_steps, index_stores
 from snn_compile.passes.inline_detached import inline_detached
 from snn_compile.passes.inline_steps import inline_steps
 from snn_compile.passes.merge_views import merge_views
+from snn_compile.passes.move_own_layers import move_own_layers
 from snn_compile.passes.no_grad_regions import drop_idle_detaches
 from snn_compile.passes.read_steps_in_regions import REGIONS, is_region, read_steps_in_regions
 from snn_compile.passes.reroll import reroll
@@ -85,6 +86,7 @@ FEWEST_OPS = 4
 #: Everything `counters["snn_compile"]` counts.
 COUNTERS = (
     "ops_decomposed",
+    "layers_moved",
     "loops_rerolled",
     "recurrences_lowered",
     "recurrences_stepped",
@@ -198,6 +200,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     functionalize(work)
     index_stores(work)
     hoist_creations(work)
+    counters["snn_compile"]["layers_moved"] += move_own_layers(work)
     dump(work, "1_functionalize")
     loops, rejections = roll_scans(work, lambda loop: _why_not(loop, config), config.min_steps)
     rerolled, refused = reroll(work, lambda loop: _why_not(loop, config), config.min_steps)

@@ -208,6 +208,41 @@ class SpikingSelfAttention(nn.Module):
         return multi_step_lif(self.proj(multi_step_lif(y, 0.05)), 0.05)
 
 
+class BNTT(nn.Module):
+    """Kim & Panda 2021: batch norms and their statistics for each step, convolutional; a mask written into a tensor of zeros."""
+
+    steps = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.Conv2d(4, 4, 3, padding=1, bias=False)])
+        self.bntt = nn.ModuleList([nn.ModuleList([nn.BatchNorm2d(4) for _ in range(self.steps)]) for _ in self.convs])
+        self.pool, self.fc1, self.fc2 = nn.AvgPool2d(2), nn.Linear(64, 16, bias=False), nn.Linear(16, 3, bias=False)
+        self.bntt_fc = nn.ModuleList([nn.BatchNorm1d(16) for _ in range(self.steps)])
+        for norm in [n for norms in (*self.bntt, self.bntt_fc) for n in norms]:
+            norm.bias = None
+
+    def fire(self, mem: Tensor) -> tuple[Tensor, Tensor]:
+        mem_thr = mem / 1.0 - 1.0
+        rst = torch.zeros_like(mem)
+        rst[mem_thr > 0] = 1.0
+        return spike(mem_thr), mem - rst
+
+    def forward(self, x: Tensor) -> Tensor:
+        mem_conv = [torch.zeros(x.shape[0], 4, 8, 8) for _ in self.convs]
+        mem_fc, mem_out = torch.zeros(x.shape[0], 16), torch.zeros(x.shape[0], 3)
+        for t in range(self.steps):
+            out = x
+            for i, conv in enumerate(self.convs):
+                mem_conv[i] = 0.95 * mem_conv[i] + self.bntt[i][t](conv(out))
+                out, mem_conv[i] = self.fire(mem_conv[i])
+            out = self.pool(out.clone()).reshape(x.shape[0], -1)
+            mem_fc = 0.95 * mem_fc + self.bntt_fc[t](self.fc1(out))
+            out, mem_fc = self.fire(mem_fc)
+            mem_out = mem_out + self.fc2(out)
+        return mem_out / self.steps
+
+
 @dataclass(frozen=True)
 class Paper:
     make: Callable[[], nn.Module]
@@ -228,5 +263,6 @@ PAPERS = {
     "sparch RadLIF": Paper(RadLIF, (5, 9, 20), 1, exact=False),
     "SpyTorch": Paper(SpyTorch, (5, 9, 20), 2),
     "SEW block": Paper(SEWBlock, (6, 2, 4, 8, 8), 2, exact=False),
+    "BNTT": Paper(BNTT, (5, 2, 8, 8), 3, exact=False),
     "spiking self-attention": Paper(SpikingSelfAttention, (4, 2, 5, 12), 5, exact=False),
 }

@@ -1,0 +1,185 @@
+"""Layers that a step has of its own leave the steps; what is left is a loop."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from snn_compile.passes.functionalize import functionalize
+from snn_compile.passes.move_own_layers import move_own_layers
+from snn_compile.passes.reroll import reroll
+from tests.passes.capture import Spike, capture
+
+T, N = 6, 16  # (rows of 64 bytes: a product's last bits depend on alignment)
+spike = Spike.apply
+
+
+def weights(*shape):
+    return [torch.randn(*shape).requires_grad_() for _ in range(T)]
+
+
+def x():
+    return torch.randn(T, 4, N).requires_grad_()
+
+
+def statistics():
+    return [torch.randn(N).abs() for _ in range(2 * T)]
+
+
+def rewrite(gm):
+    functionalize(gm)
+    count = move_own_layers(gm)
+    loops, _ = reroll(gm, lambda loop: None)
+    return count, [(loop.length, [c.name for c in loop.carries]) for loop in loops if loop.carries]
+
+
+def before_the_state(a, *own):
+    """Lateral weights of each step's own, and what they are applied to."""
+    v, out = torch.zeros(4, N), []
+    for t in range(T):
+        v = v * 0.5 + F.linear(a[t].sin(), own[t])
+        s = spike(v - 0.3)
+        v = v - s
+        out.append(s)
+    return torch.stack(out)
+
+
+def behind_the_state(a, *own):
+    v, total = torch.zeros(4, N), torch.zeros(4, N)
+    for t in range(T):
+        v = v * 0.5 + a[t]
+        s = spike(v - 0.3)
+        v = v - s
+        total = total + F.linear(s, own[t]).cos()
+    return total
+
+
+def between_two_states(a, *own):
+    v = u = torch.zeros(4, N)
+    out = []
+    for t in range(T):
+        v = v * 0.5 + a[t]
+        s = spike(v - 0.3)
+        v = v - s
+        u = u * 0.25 + F.linear(s, own[t])
+        z = spike(u - 0.1)
+        u = u - z
+        out.append(z)
+    return torch.stack(out)
+
+
+def without_time(a, *own):
+    """One image, shown at every step: nothing reads x[t]."""
+    v, out = torch.zeros(4, N), []
+    for t in range(T):
+        v = v * 0.5 + F.linear(a[0], own[t])
+        s = spike(v - 0.3)
+        v = v * (1 - s)
+        out.append(s)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize(
+    ("function", "moves", "recurrences"),
+    [(before_the_state, 1, 1), (behind_the_state, 2, 2), (between_two_states, 2, 2), (without_time, 1, 1)],
+    ids=lambda p: getattr(p, "__name__", ""),
+)
+def test_moved(function, moves, recurrences):
+    captured = capture(function, x(), *weights(N, N))
+    count, loops = captured.check(rewrite)
+    assert count == moves and [length for length, _ in loops] == [T] * recurrences
+
+
+def batch_norm_through_time(a, *statistics):
+    means, variances = statistics[:T], statistics[T:]
+    v, out = torch.zeros(4, N), []
+    for t in range(T):
+        v = v * 0.5 + F.batch_norm(a[t], means[t], variances[t], training=True)
+        s = spike(v - 0.3)
+        v = v - s
+        out.append(s)
+    return torch.stack(out)
+
+
+def test_batch_norm_through_time():
+    """Each step's statistics are written once, and come out as in eager (`Captured.check` compares them)."""
+    captured = capture(batch_norm_through_time, x(), *statistics())
+    count, loops = captured.check(rewrite)
+    assert count == 1 and [length for length, _ in loops] == [T]
+
+
+def test_random_numbers_of_one_part():
+    """They are drawn in eager's order; other draws would come between them."""
+
+    def function(a, *own):
+        v, out = torch.zeros(4, N), []
+        for t in range(T):
+            v = v * 0.5 + F.linear((a[t] > torch.rand_like(a[t])).float(), own[t])
+            s = spike(v - 0.3)
+            v = v - s
+            out.append(s)
+        return torch.stack(out)
+
+    captured = capture(function, x(), *weights(N, N))
+    torch.manual_seed(1)
+    expected = captured.gm(*captured.inputs)[0]
+    count, loops = rewrite(captured.gm)
+    captured.gm.recompile()
+    torch.manual_seed(1)
+    assert count == 1 and len(loops) == 1 and torch.equal(captured.gm(*captured.inputs)[0], expected)
+
+
+# ------------------------------------------------------------------------------------------------------------ near misses
+
+
+def deep_network(a, *own):
+    h = a[0]
+    for w in own:
+        h = F.linear(h, w).relu()
+    return h
+
+
+def recurrent_weights(a, *own):
+    v, out = torch.zeros(4, N), []
+    for t in range(T):
+        v = v * 0.5 + a[t] + F.linear(v, own[t])
+        s = spike(v - 0.3)
+        v = v - s
+        out.append(s)
+    return torch.stack(out)
+
+
+def draws_on_both_sides(a, *own):
+    v, out = torch.zeros(4, N), []
+    for t in range(T):
+        v = v * 0.5 + F.linear(F.dropout(a[t]), own[t])
+        s = spike(v - 0.3)
+        v = v - s
+        out.append(F.dropout(s))
+    return torch.stack(out)
+
+
+def nothing_is_carried(a, *own):
+    return torch.stack([spike(F.linear(a[t], own[t])).cos() for t in range(T)])
+
+
+@pytest.mark.parametrize(
+    "function", [deep_network, recurrent_weights, draws_on_both_sides, nothing_is_carried], ids=lambda f: f.__name__
+)
+def test_near_misses(function):
+    captured = capture(function, x(), *weights(N, N))
+    assert move_own_layers(captured.gm) == 0
+
+
+def test_statistics_that_the_steps_read():
+    def function(a, *statistics):
+        means, variances = statistics[:T], statistics[T:]
+        v, out = torch.zeros(4, N), []
+        for t in range(T):
+            v = v * 0.5 + F.batch_norm(a[t], means[t], variances[t], training=True)
+            s = spike(v - means[t])
+            v = v - s
+            out.append(s)
+        return torch.stack(out)
+
+    captured = capture(function, x(), *statistics())
+    assert move_own_layers(captured.gm) == 0
