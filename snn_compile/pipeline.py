@@ -104,40 +104,6 @@ COUNTERS = (
     "pass_failures",
 )
 
-#: The pipeline as a table of contents: (name, what it does).
-PASSES = (
-    ("function_transforms", "a graph that `torch.func` transforms is left alone, whole"),
-    ("inline_steps", "a step that was traced once, as a nested compile region, becomes the ops of every step"),
-    ("read_steps_in_regions", "a checkpointed region that is handed every step of a series reads them itself"),
-    ("specialize", "numbers that became symbolic without need are numbers again; checks of shapes leave no trace"),
-    ("decompose", "an opaque neuron op becomes the plain loop registered for it"),
-    ("work_on_copies", "a buffer that is written into is worked on in a copy, and written back once"),
-    ("inline_detached", "a surrogate whose gradient nobody asks for becomes what its forward computes"),
-    ("merge_views", "a view of the series that every step makes is made once"),
-    ("index_steps", "a slice of one step, x[t:t+1] or x[t*b:(t+1)*b], becomes that step"),
-    ("functionalize", "writes into loop-local tensors become values"),
-    ("concatenations", "a record that grows by `torch.cat` becomes one concatenation, or a stack"),
-    ("index_stores", "a write of such a slice becomes that of a step"),
-    ("hoist_creations", "constant tensors are made once, before everything else"),
-    ("move_own_layers", "layers that a step has of its own go before the first step, or behind the last"),
-    ("roll_scan", "a `torch._higher_order_ops.scan` becomes one Loop"),
-    ("reroll", "T equal iterations become one Loop"),
-    ("fuse_consumers", "a pointwise op on the whole output of a loop moves into it"),
-    ("fuse_producers", "in inference, a batch norm before a loop moves into it"),
-    ("chunk_time", "in inference, a loop that would hold too much at once becomes loops over stretches of time"),
-    ("fold_batch_norm", "a batch norm with fixed statistics in a neuron becomes a multiply-add"),
-    ("hoist", "loop-invariant work runs once"),
-    ("distribute", "strongly connected components become recurrences; pointwise neighbours join them"),
-    ("batch_time", "a loop without a recurrence runs once over all steps"),
-    ("convolutions_at_one_position", "a recurrence's convolution over its whole input becomes a product of matrices"),
-    ("fuse_recurrences", "independent recurrences over one time series become one"),
-    ("lower", "a pointwise recurrence becomes one kernel, forward and backward"),
-    ("unroll", "what is left becomes plain ops again, for Inductor"),
-    ("channels_last", "convolutions on CPU and the neurons behind them work on channels-last values"),
-    ("separate_saved", "operands that a kernel's backward needs are kept where something writes into them later"),
-    ("separate_results", "results that eager keeps apart share no memory"),
-)
-
 
 @dataclass
 class Report:
