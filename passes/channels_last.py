@@ -78,7 +78,7 @@ def _is_convolution(node: fx.Node) -> bool:
         return False
     if None in [known_int(s) for s in (*x.shape, *y.shape)]:
         return False
-    return y.is_contiguous() and y[0].numel() > y.shape[1] > 1
+    return y.is_contiguous() and y.shape[0] > 0 and y[0].numel() > y.shape[1] > 1
 
 
 def _reaches_kernel(node: fx.Node, is_kernel: IsKernel) -> bool:

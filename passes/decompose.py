@@ -22,10 +22,11 @@ from snn_compile.capture import capture
 from snn_compile.decompositions import CELLS as CELL_NAMES
 from snn_compile.decompositions import Decomposition, decomposition_of
 from snn_compile.errors import Reject, Rejection
-from snn_compile.ir.values import example, is_getitem, user_location
+from snn_compile.ir.values import example, is_getitem, known_int, user_location
 from snn_compile.passes.effects import sweeping
 from snn_compile.passes.emit import replace_by_results
 from snn_compile.passes.inline import Inliner
+from snn_compile.passes.specialize import specialize_sizes
 
 #: PyTorch's cells in a Dynamo graph are functions, not ops.
 CELLS = {getattr(torch, name) for name in CELL_NAMES}
@@ -69,8 +70,10 @@ def _decomposition(node: fx.Node) -> Decomposition | None:
 def _inline(gm: fx.GraphModule, node: fx.Node, function: Decomposition, captured: dict[object, _Captured | None]) -> bool:
     leaves = tree_leaves((node.args, node.kwargs))
     nodes = [a for a in leaves if isinstance(a, fx.Node)]
-    if any(not isinstance(s, int) for n in nodes if isinstance(example(n), Tensor) for s in example(n).shape):
-        raise Reject(f"{node.target} has sizes that are not known", node=node, location=user_location(node))
+    specialize_sizes(map(example, nodes))
+    if any(known_int(s) is None for n in nodes if isinstance(example(n), Tensor) for s in example(n).shape):
+        hint = "compile without dynamic=True: the first few sizes of a batch are compiled one by one"
+        raise Reject(f"{node.target} has sizes that are not known", node=node, location=user_location(node), hint=hint)
     key = (function, tuple(_signature(example(a)) for a in leaves), tuple(node.kwargs))
     if key not in captured:
         captured[key] = _capture(node, function)
@@ -92,14 +95,20 @@ def _inline(gm: fx.GraphModule, node: fx.Node, function: Decomposition, captured
 def _signature(value: object) -> object:
     if not isinstance(value, Tensor):
         return (type(value), value)
-    return (tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad)
+    sizes, strides = _sizes_and_strides(value)
+    return (tuple(sizes), tuple(strides), value.dtype, value.device, value.requires_grad)
+
+
+def _sizes_and_strides(value: Tensor) -> tuple[list[int], list[int]]:
+    sizes, strides = ([known_int(s) for s in numbers] for numbers in (value.shape, value.stride()))
+    return sizes, strides  # type: ignore[return-value]
 
 
 # ------------------------------------------------------------------------------------------------------------- capturing
 
 
 def _capture(node: fx.Node, function: Decomposition) -> _Captured | None:
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), example)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _of_known_size(example(n)))  # type: ignore[return-value]
     tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
     with torch._dynamo.config.patch(specialize_float=True):
         found = capture(_fresh(function), *args, **kwargs)
@@ -108,6 +117,16 @@ def _capture(node: fx.Node, function: Decomposition) -> _Captured | None:
     results = [found.result] if isinstance(found.result, Tensor) else found.result
     places = tuple(next(i for i, a in enumerate(tensors) if a is given) for given in found.inputs)
     return _Captured(found.graph, places, tuple(_place(r, found.outputs, tensors) for r in results))
+
+
+def _of_known_size(value: object) -> object:
+    """An example whose sizes are numbers: those that guards have pinned down are symbols still."""
+    if not isinstance(value, Tensor) or all(isinstance(s, int) for s in (*value.shape, *value.stride())):
+        return value
+    sizes, strides = _sizes_and_strides(value)
+    with value.fake_mode:  # type: ignore[attr-defined]
+        new = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+    return new.requires_grad_(value.requires_grad)
 
 
 def _fresh(function: Decomposition) -> Callable[..., Any]:

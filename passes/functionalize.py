@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from snn_compile.ir.values import example, flat_nodes, is_getitem, storage_key
+from snn_compile.ir.values import example, flat_nodes, is_getitem, known_int, storage_key
 from snn_compile.passes.concatenations import normalize_concatenations
 from snn_compile.passes.effects import INPLACE_OPERATORS, is_write
 from snn_compile.passes.emit import emit
@@ -203,7 +203,9 @@ def _functional_copy(graph: fx.Graph, node: fx.Node, value: torch.Tensor) -> fx.
 def _functional_fill(graph: fx.Graph, node: fx.Node, value: torch.Tensor) -> fx.Node:
     """``torch.full(shape, tensor)`` is ``torch.empty(shape).fill_(tensor)`` to Dynamo."""
     one = emit(graph, "call_method", "to", (node.args[1], value.device, value.dtype), {})
-    return graph.call_method("clone", (emit(graph, "call_method", "expand", (one, *value.shape), {}),))
+    sizes = [known_int(s) for s in value.shape]
+    target, args = ("expand_as", (one, node.args[0])) if None in sizes else ("expand", (one, *sizes))
+    return graph.call_method("clone", (emit(graph, "call_method", target, args, {}),))
 
 
 def _out_of_place(node: fx.Node) -> Callable | None:  # type: ignore[type-arg]

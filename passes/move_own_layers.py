@@ -43,8 +43,14 @@ def move_own_layers(gm: fx.GraphModule) -> int:
 
 
 def _move_first(view: Graph) -> int:
+    seen: set[int] = set()
     for repeat in find_repeats(view.tokens)[:MOST_REPEATS]:
-        if any(n.meta.get(MOVED) for n in view.nodes[repeat.start : repeat.stop]) or not _changes_given(view, repeat):
+        nodes = range(repeat.start, repeat.stop)
+        is_within = 2 * len(seen.intersection(nodes)) > len(nodes)  # (what looks alike within the steps of a loop is not touched)
+        if is_within or any(view.nodes[i].meta.get(MOVED) for i in nodes):
+            continue
+        seen.update(nodes)
+        if not _changes_given(view, repeat):
             continue
         run = view.relate(repeat)
         if run.stop - run.start < 2 * run.period:

@@ -38,6 +38,19 @@ def same(a: Tensor, b: Tensor) -> bool:
 # ---------------------------------------------------------------------------------------------------------- odd operands
 
 
+def test_no_images(op_by_op):
+    """A batch of none, through convolution, batch norm and neuron in every step."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.MaxPool2d(2)).eval()
+
+    def f(x: Tensor) -> Tensor:
+        return lif(torch.stack([net(step) for step in x]))
+
+    x = torch.randn(4, 0, 2, 8, 8)
+    with torch.no_grad():
+        expected = f(x)
+        assert same(torch.compile(f, backend=snn, options={"strict": True})(x), expected) and expected.shape[1] == 0
+
+
 def test_misspelled_option_says_what_was_meant():
     with pytest.raises(Exception, match="'batch_tme'; did you mean 'batch_time'") as raised:
         torch.compile(lif, backend=snn, options={"batch_tme": False})(torch.randn(3, 4))

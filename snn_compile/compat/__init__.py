@@ -34,7 +34,8 @@ def prepare(model: Model) -> Model:
     snnTorch ``reset_delay=False`` branches on a tensor: on a number then. The surrogates are allowed in Dynamo's graph as
              one call each (process-wide), which halves the time of the trace. ``mem == None``, which Dynamo of torch 2.11
              cannot follow, is ``mem is None`` there (process-wide).
-    Norse    a cell that makes its own initial state writes `requires_grad` on it: the same state without the write.
+    Norse    a cell that makes its own initial state writes `requires_grad` on it: the same state without the write. Sizes of
+             recurrent layers are tensors of one number: numbers then.
     sinabs   a spike function given as a class, whose attributes Dynamo cannot read: an object that calls it.
     any      ``self.spike = Spike()``, an instance of an `autograd.Function`, which Dynamo cannot call: its class.
     ======== ============================================================================================================

@@ -1,10 +1,12 @@
-"""Norse: initial states without a write of `requires_grad`. Tested with 1.1.0; https://github.com/norse/norse."""
+"""Norse: initial states without a write of `requires_grad`, sizes that are numbers. Tested with 1.1.0;
+https://github.com/norse/norse."""
 
 from __future__ import annotations
 
 import ast
 from types import FunctionType, MethodType
 
+import torch
 from torch import nn
 
 from snn_compile.compat.rewrite import rewritten
@@ -18,7 +20,11 @@ def prepare(module: nn.Module) -> str:
 
     The leaf that Norse marks is made inside of the call and given to nobody, so its gradient cannot be read. Where the state is
     somebody's (`IzhikevichCell` hands out its parameters' own), the write stays.
+
+    ``self.hidden_size = torch.as_tensor(12)``, read by ``torch.zeros(batch, self.hidden_size)`` (which AOTAutograd cannot trace)
+    -> ``self.hidden_size = 12``.
     """
+    changes = [f"{name} is a number" for name in _sizes_to_numbers(module)]
     changed = False
     for name in METHODS:
         method = getattr(module, name, None)
@@ -31,7 +37,16 @@ def prepare(module: nn.Module) -> str:
             new.__kwdefaults__ = old.__kwdefaults__
             setattr(module, name, MethodType(new, method.__self__))
             changed = True
-    return "its initial state is made without a write of `requires_grad`" if changed else ""
+    if changed:
+        changes.append("its initial state is made without a write of `requires_grad`")
+    return ", ".join(changes)
+
+
+def _sizes_to_numbers(module: nn.Module) -> list[str]:
+    sizes = {k: v for k, v in vars(module).items() if k.endswith("_size") and isinstance(v, torch.Tensor) and v.dim() == 0}
+    for name, value in sizes.items():
+        setattr(module, name, int(value))
+    return list(sizes)
 
 
 class _WithoutMarks(ast.NodeTransformer):

@@ -151,6 +151,26 @@ def test_prepared_cells_of_norse_keep_dtypes_and_follow_parameters(name, dtype):
 
 
 @pytest.mark.skipif(not has("norse"), reason="Norse is not installed")
+@pytest.mark.skipif(not has("norse"), reason="Norse is not installed")
+def test_a_recurrent_layer_of_norse_is_one_program(fresh):
+    """Its size is a tensor, which ends Dynamo's graph; a number, once prepared."""
+    import norse.torch as norse
+
+    layer = norse.LIFRecurrent(8, 12)
+    reference, layer = copy.deepcopy(layer), prepare(copy.deepcopy(layer))  # (a copy has no hook of its weights any more)
+    assert layer.hidden_size == 12 and type(layer.hidden_size) is int
+    x = torch.rand(8, 4, 8) * 20
+    found = explain(layer, step_from=4)(x)
+    assert len(found.stepped) == 1 and found.graphs == 1, str(found)
+    expected, got = reference(x)[0], torch.compile(layer, backend=snn, options={"step_from": 4})(x)[0]
+    assert torch.equal(got, expected) and expected.any()
+    for a, b in zip(reference.parameters(), layer.parameters(), strict=True):
+        (wanted,), (gradient,) = (
+            torch.autograd.grad(o.square().sum(), p, retain_graph=True) for o, p in ((expected, a), (got, b))
+        )
+        torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_a_learnt_initial_state_of_norse_is_left_alone():
     import norse.torch as nt
 

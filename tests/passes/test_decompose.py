@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from snn_compile.decompositions import decomposition_of, register_decomposition
 from snn_compile.passes.decompose import decompose
@@ -85,6 +86,21 @@ def test_symbolic_sizes_are_left_alone():
     captured = capture(lambda a: leaky_op(a, a[0] * 0.0, 0.5)[0], x(), dynamic=True)
     count, refused = captured.check(decompose)
     assert count == 0 and "sizes that are not known" in refused[0].reason
+
+
+def test_further_sizes_of_a_batch(fresh):
+    """The last batch of an epoch is smaller: Dynamo makes its size symbolic, and the op is its loop all the same."""
+    compiled = torch.compile(lambda a: leaky_op(a, a[0] * 0.0, 0.5)[0], backend="snn")
+    for batch in (3, 5, 4):
+        counters.clear()
+        a = torch.randn(6, batch, 5, requires_grad=True)
+        y = compiled(a)
+        assert counters["snn_compile"]["ops_decomposed"] == counters["snn_compile"]["recurrences_lowered"] == 1
+        expected = leaky(a, a[0] * 0.0, 0.5)[0]
+        assert torch.equal(y, expected)
+        weights = torch.randn_like(y)
+        (got,), (wanted,) = (torch.autograd.grad(o, a, weights) for o in (y, expected))
+        torch.testing.assert_close(got, wanted)
 
 
 def test_names():

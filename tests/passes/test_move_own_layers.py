@@ -170,6 +170,25 @@ def test_near_misses(function):
     assert move_own_layers(captured.gm) == 0
 
 
+def two_alike_within_a_step(a, *own):
+    """Norse: currents and potentials decay alike, each with a constant of its own."""
+    v = i = torch.zeros(4, N)
+    out = []
+    for t in range(T):
+        i = i - own[0] * i * 0.1 + a[t]
+        v = v - own[1] * v * 0.1 + i
+        s = spike(v - 0.3)
+        v = v - s
+        out.append(s)
+    return torch.stack(out)
+
+
+def test_what_looks_alike_within_a_step_stays():
+    captured = capture(two_alike_within_a_step, x(), *weights(N))
+    count, loops = captured.check(rewrite)
+    assert count == 0 and [length for length, _ in loops] == [T]
+
+
 def test_statistics_that_the_steps_read():
     def function(a, *statistics):
         means, variances = statistics[:T], statistics[T:]
