@@ -267,7 +267,7 @@ def _why_not(loop: Loop, config: Config) -> Rejection | None:
     """A loop is rerolled where at least one recurrence in it can become a kernel."""
     infos = classify(loop, is_pointwise_op)
     groups = find_groups(loop, infos, ignore=find_invariant(loop, infos))
-    kernels = [g for g in groups if g.is_kernel]
+    kernels = [g for g in groups if g.is_kernel and not _counts(g)]
     count = loop.length * sum(len(g.nodes) for g in kernels)
     if kernels and count < FEWEST_OPS:
         reason = f"{loop.length} steps of {count // loop.length} ops: Inductor fuses them as they are"
@@ -281,12 +281,22 @@ def _why_not(loop: Loop, config: Config) -> Rejection | None:
 
     if any(g.recurrent and gains(g) for g in groups) and _may_step(groups, infos):
         return _why_growing(loop, groups)
-    if any(g.recurrent for g in groups):
-        worst = next(n for g in groups if g.recurrent for n in g.nodes if not infos[n].pointwise)
+    worst = next((n for g in groups if g.recurrent for n in g.nodes if not infos[n].pointwise), None)
+    if worst is not None:
         hint = _CHECKPOINT if _is_checkpoint(worst) else _step_from(loop) if _may_step(groups, infos) else ""
-        reason = f"a state goes through '{worst.target}' from step to step, which is not pointwise"
-        return Rejection(reason, worst.name, loop.location, hint)
+        return _goes_through(worst, loop, hint)
     return Rejection("nothing is carried from step to step", loop.name, loop.location)
+
+
+def _counts(group: Group) -> bool:
+    """One integer, such as the number of batches that a batch norm has seen: no neuron."""
+    values = [example(n) for n in group.nodes]
+    return all(isinstance(v, torch.Tensor) and v.dim() == 0 and not v.is_floating_point() for v in values)
+
+
+def _goes_through(node: fx.Node, loop: Loop, hint: str) -> Rejection:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
+    return Rejection(f"a state goes through '{name}' from step to step, which is not pointwise", node.name, loop.location, hint)
 
 
 _CHECKPOINT = "a kernel saves no more of a step than torch.utils.checkpoint does: call the step without, or the whole loop in one"
@@ -394,6 +404,8 @@ def _lower(gm: fx.GraphModule, report: Report, dump: _Dump, config: Config) -> N
             elif count:
                 reason = "a state goes through a convolution from step to step: unrolled, as the product of matrices that it is"
                 report.rejections.append(Rejection(reason, call.name, loop.location, _step_from(loop)))
+            elif (worst := next((n for n in infos if not infos[n].pointwise), None)) is not None:
+                report.rejections.append(_goes_through(worst, loop, _step_from(loop)))
         if call in found:
             recurrence = found[call]
             report.steps[recurrence.name] = loop.length

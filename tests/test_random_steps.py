@@ -128,6 +128,9 @@ class Interpreted:
     def kernel(self, recurrence: Recurrence, direction: str, layout) -> InterpretedRegion:  # type: ignore[no-untyped-def]
         return InterpretedRegion(recurrence)
 
+    def direct(self, namespace: str) -> None:
+        return None
+
 
 @dataclasses.dataclass
 class InterpretedRegion:
