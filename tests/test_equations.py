@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+import snn_compile
 from snn_compile.ir import equations as eq
 from snn_compile.ir.recurrence import Recurrence
 from tests import zoo
@@ -35,6 +36,21 @@ def lines(name: str) -> list[str]:
 
 def test_lif() -> None:
     assert lines("lif") == ["charge: h = v + (x - v)/2", "fire: s = H(h - 1)", "reset: v' = h*(1 - s)"]
+
+
+def test_a_reset_to_zero_is_not_written_out() -> None:
+    def lif(x: torch.Tensor) -> torch.Tensor:
+        v, out = torch.zeros_like(x[0]), []
+        for t in range(x.shape[0]):
+            h = v + (x[t] - (v - 0.0)) / 2.0
+            s = (h >= 1.0).to(h.dtype)
+            v = 0.0 * s + (1.0 - s) * h
+            out.append(s)
+        return torch.stack(out)
+
+    (recurrence,) = snn_compile.explain(lif)(torch.randn(6, 5)).recurrences
+    found = [f"{e.role}: {e}" for e in eq.equations(recurrence)]
+    assert found == ["charge: h = v + (x - v)/2", "fire: s = H(h - 1)", "reset: v' = (1 - s)*h"]
 
 
 def test_strict_threshold_and_soft_reset() -> None:

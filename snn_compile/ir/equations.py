@@ -245,12 +245,23 @@ class Infix:
             args = args[1::-1]
         if name == "mul" and args[0] == 1:
             return self._render(args[1])
+        if (shorter := self._without_zero(name, args)) is not None:
+            return shorter
         left, right = self.text(args[0], level), self.text(args[1], level + (name in ("sub", "div")))
         if name == "add" and right.startswith("-"):
             return f"{left} - {right[1:]}", level
         if right.startswith("-"):
             right = f"({right})"
         return (f"{left} {sign} {right}" if level == _SUM else f"{left}{sign}{right}"), level
+
+    def _without_zero(self, name: str, args: list[Any]) -> tuple[str, int] | None:
+        """``v - 0`` (a reset to 0) is ``v``, and ``0*s`` nothing."""
+        zeros = [self._render(a)[0] == "0" for a in args[:2]]
+        if name == "mul" and any(zeros):
+            return "0", _ATOM
+        if name in ("add", "sub") and zeros[1]:
+            return self._render(args[0])
+        return self._render(args[1]) if name == "add" and zeros[0] else None
 
     def _conversion(self, source: object) -> tuple[str, int]:
         """A condition as a number: H(u) for ``u >= 0``, ``[u > 0]`` for any other."""
