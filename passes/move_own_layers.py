@@ -12,34 +12,34 @@ normalization for training low-latency deep spiking neural networks from scratch
 The layers of a network take turns: what goes to the back are the later ones, in whose steps the next layer is found.
 
 Does not fire: a layer of a step's own that a state goes through, as in a deep network, whose layers look alike, too; draws of
-random numbers that would change their order; writes into a tensor that something else in the steps uses; nothing is carried in
-the rest.
+random numbers that would change their order; writes into a tensor that something else in the steps uses; a switch of gradients
+or autocast in the steps; nothing is carried in the rest.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import fx
 
-from snn_compile.ir.values import example
+from snn_compile.ir.values import example, storage_key
 from snn_compile.passes.effects import draws, has_effect, written
 from snn_compile.passes.find_repeats import Repeat, find_repeats
 from snn_compile.passes.relate_iterations import Column, Graph, Run
 
 #: Of a node: it is no part of a loop, and known for it.
 MOVED = "own_layer"
+#: Of a network with so many layers, the others stay where they are.
+MOST_MOVES = 64
 #: Look-alikes that are tried, those that cover most first.
 MOST_REPEATS = 16
 
 
 def move_own_layers(gm: fx.GraphModule) -> int:
     """Reorders the nodes of `gm` (torch-level, with examples); gives how many layers of a step were moved, each time."""
-    count = 0
-    while moved := _move_first(Graph(gm)):
-        count += moved
-    return count
+    return sum(itertools.takewhile(bool, (_move_first(Graph(gm)) for _ in range(MOST_MOVES))))
 
 
 def _move_first(view: Graph) -> int:
@@ -114,6 +114,8 @@ class _Steps:
 
     def move(self, own: set[int]) -> bool:
         """Whether all of `own` went to the front or to the back."""
+        if self._switches_modes():
+            return False
         front: set[int] = set()
         back: set[int] = set()
         for r in own:
@@ -157,17 +159,23 @@ class _Steps:
             r in self._closure_of(self.reads[r] & residues, {q: self.reads[q] & residues for q in residues}) for r in residues
         )
 
-    def _may_move(self, nodes: list[fx.Node]) -> bool:
-        together, within = set(nodes), set(self.nodes)
-        for node in nodes:
+    def _may_move(self, part: list[fx.Node]) -> bool:
+        """Whether nothing else in the run writes what it reads, or reads what it writes."""
+        together = set(part)
+        others = [n for n in self.nodes if n not in together]
+        read = {storage_key(i) for n in others for i in n.all_input_nodes}
+        changed = {storage_key(w) for n in others for w in written(n)}
+        for node in part:
             into = written(node)
-            if has_effect(node) and not into and not draws(node):
+            if any(storage_key(w) in read or not _is_given(w) for w in into):
                 return False
-            if any(u in within and u not in together for w in into for u in w.users):
-                return False
-            if any(w.op not in ("placeholder", "get_attr") for w in into):
+            if changed and any(storage_key(i) in changed for i in node.all_input_nodes):
                 return False
         return True
+
+    def _switches_modes(self) -> bool:
+        """Gradients or autocast are switched between the ops (or who knows what a call does)."""
+        return any(has_effect(n) and not written(n) and not draws(n) for n in self.nodes)
 
     def _read_from_within(self, part: list[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> bool:
         """Whether some neighbour of the part is another node of the run (the ends of a run may read others than its middle)."""

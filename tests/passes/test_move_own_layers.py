@@ -158,12 +158,38 @@ def draws_on_both_sides(a, *own):
     return torch.stack(out)
 
 
+def under_autocast(a, *own):
+    v, out = torch.zeros(4, N), []
+    for t in range(T):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = F.linear(a[t], own[t])
+        v = v * 0.5 + y.float()
+        s = spike(v - 0.3)
+        v = v - s
+        out.append(s)
+    return torch.stack(out)
+
+
+def without_gradients(a, *own):
+    v, out = torch.zeros(4, N), []
+    for t in range(T):
+        with torch.no_grad():
+            y = F.linear(a[t], own[t])
+        v = v * 0.5 + y
+        s = spike(v - 0.3)
+        v = v - s
+        out.append(s)
+    return torch.stack(out)
+
+
 def nothing_is_carried(a, *own):
     return torch.stack([spike(F.linear(a[t], own[t])).cos() for t in range(T)])
 
 
 @pytest.mark.parametrize(
-    "function", [deep_network, recurrent_weights, draws_on_both_sides, nothing_is_carried], ids=lambda f: f.__name__
+    "function",
+    [deep_network, recurrent_weights, draws_on_both_sides, under_autocast, without_gradients, nothing_is_carried],
+    ids=lambda f: f.__name__,
 )
 def test_near_misses(function):
     captured = capture(function, x(), *weights(N, N))
@@ -187,6 +213,24 @@ def test_what_looks_alike_within_a_step_stays():
     captured = capture(two_alike_within_a_step, x(), *weights(N))
     count, loops = captured.check(rewrite)
     assert count == 0 and [length for length, _ in loops] == [T]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_tensor_that_the_steps_write_into(inside):
+    """What moves to the front would read it before it is written."""
+
+    def function(a, scale, *own):
+        v, out = torch.zeros(4, N), []
+        for t in range(T):
+            v = v * 0.5 + (F.linear(a[t] + scale, own[t]) if inside else F.linear(a[t], own[t]) + scale)
+            scale.mul_(0.9)
+            s = spike(v - 0.3)
+            v = v - s
+            out.append(s)
+        return torch.stack(out)
+
+    captured = capture(function, x(), torch.ones(N), *weights(N, N))
+    assert captured.check(move_own_layers) == (not inside)
 
 
 def test_statistics_that_the_steps_read():
