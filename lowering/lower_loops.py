@@ -16,7 +16,7 @@ from snn_compile.errors import Reject
 from snn_compile.ir.loop import Loop
 from snn_compile.ir.recurrence import Carry, Const, Output, Recurrence, TimeSeries
 from snn_compile.ir.stepped import SteppedRecurrence
-from snn_compile.ir.values import example, is_getitem, known_int, shape_hint, shape_key
+from snn_compile.ir.values import example, is_getitem, known_layout, shape_hint, shape_key
 from snn_compile.lowering import ops
 from snn_compile.lowering.registration import is_kernel
 from snn_compile.passes.emit import emit
@@ -92,11 +92,10 @@ def _of_one_step(operand: object, i: int, loop: Loop) -> torch.Tensor:
         raise Reject(f"the loop reads '{operand}', which is not a tensor", location=loop.location)
     if len(loop.carries) <= i < len(loop.carries) + len(loop.xs):
         value = value.select(0, 0)
-    sizes, strides = ([known_int(s) for s in numbers] for numbers in (value.shape, value.stride()))
-    if None in sizes or None in strides:
+    if (layout := known_layout(value)) is None:
         raise Reject("a step with calls needs sizes that are known when it is compiled", location=loop.location)
     with FakeTensorMode():
-        return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)  # type: ignore[arg-type]
+        return torch.empty_strided(*layout, dtype=value.dtype, device=value.device)
 
 
 def lower_loop(gm: fx.GraphModule, call: fx.Node, loop: Loop, op: torch._ops.OpOverload, is_differentiable: bool) -> fx.Node:

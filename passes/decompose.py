@@ -22,7 +22,7 @@ from snn_compile.capture import capture
 from snn_compile.decompositions import CELLS as CELL_NAMES
 from snn_compile.decompositions import Decomposition, decomposition_of
 from snn_compile.errors import Reject, Rejection
-from snn_compile.ir.values import example, is_getitem, known_int, user_location
+from snn_compile.ir.values import example, is_getitem, known_layout, user_location
 from snn_compile.passes.effects import sweeping
 from snn_compile.passes.emit import replace_by_results
 from snn_compile.passes.inline import Inliner
@@ -71,7 +71,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node, function: Decomposition, captured
     leaves = tree_leaves((node.args, node.kwargs))
     nodes = [a for a in leaves if isinstance(a, fx.Node)]
     specialize_sizes(map(example, nodes))
-    if any(known_int(s) is None for n in nodes if isinstance(example(n), Tensor) for s in example(n).shape):
+    if any(known_layout(v) is None for v in map(example, nodes) if isinstance(v, Tensor)):
         hint = "compile without dynamic=True: the first few sizes of a batch are compiled one by one"
         raise Reject(f"{node.target} has sizes that are not known", node=node, location=user_location(node), hint=hint)
     key = (function, tuple(_signature(example(a)) for a in leaves), tuple(node.kwargs))
@@ -95,13 +95,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node, function: Decomposition, captured
 def _signature(value: object) -> object:
     if not isinstance(value, Tensor):
         return (type(value), value)
-    sizes, strides = _sizes_and_strides(value)
-    return (tuple(sizes), tuple(strides), value.dtype, value.device, value.requires_grad)
-
-
-def _sizes_and_strides(value: Tensor) -> tuple[list[int], list[int]]:
-    sizes, strides = ([known_int(s) for s in numbers] for numbers in (value.shape, value.stride()))
-    return sizes, strides  # type: ignore[return-value]
+    return (repr(known_layout(value)), value.dtype, value.device, value.requires_grad)
 
 
 # ------------------------------------------------------------------------------------------------------------- capturing
@@ -123,9 +117,10 @@ def _of_known_size(value: object) -> object:
     """An example whose sizes are numbers: those that guards have pinned down are symbols still."""
     if not isinstance(value, Tensor) or all(isinstance(s, int) for s in (*value.shape, *value.stride())):
         return value
-    sizes, strides = _sizes_and_strides(value)
+    layout = known_layout(value)
+    assert layout is not None  # (`_inline` has asked)
     with value.fake_mode:  # type: ignore[attr-defined]
-        new = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+        new = torch.empty_strided(*layout, dtype=value.dtype, device=value.device)
     return new.requires_grad_(value.requires_grad)
 
 

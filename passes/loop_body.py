@@ -17,6 +17,7 @@ from snn_compile.passes.functionalize import store
 from snn_compile.passes.loop_operands import (
     Source,
     TimeSlices,
+    is_no_larger,
     series_name,
     slices_of_one,
     stackable,
@@ -164,17 +165,14 @@ class LoopBody:
 
     def _may_stack_given(self, first: object, reader: fx.Node) -> bool:
         """Parameters of its own in every step: of a loop over time, and none larger than what is computed."""
-        value, result = example(first), example(reader)
-        sizes = [v.numel() if isinstance(v, torch.Tensor) else None for v in (value, result)]
-        fits = all(isinstance(n, int) for n in sizes) and sizes[0] <= sizes[1]  # type: ignore[operator]
-        return self.window.reads_time() and fits
+        return self.window.run.reads_time() and is_no_larger(example(first), example(reader))
 
     def _numbers(self, residue: int, slot: int) -> fx.Node:
         """A Python number that is another one in every iteration."""
         window = self.window
         leaves = [window.leaves(residue, t) for t in range(window.count)]
         node = window.node(residue, window.template)
-        if not window.reads_time():
+        if not window.run.reads_time():
             raise Reject("a Python number changes from step to step in what reads no time series", location=user_location(node))
         series = number_series(node, leaves[window.template], slot, [own[slot] for own in leaves])  # type: ignore[misc]
         if series.key not in self._series:

@@ -117,6 +117,12 @@ def stackable(column: list[object], may_be_given: bool = False) -> StackedValues
     return StackedValues(column)  # type: ignore[arg-type]
 
 
+def is_no_larger(value: object, result: object) -> bool:
+    """A tensor of as many numbers as what is computed with it, or fewer, both known."""
+    sizes = [v.numel() if isinstance(v, torch.Tensor) else None for v in (value, result)]
+    return all(isinstance(n, int) for n in sizes) and sizes[0] <= sizes[1]  # type: ignore[operator]
+
+
 def time_dim(node: fx.Node, leaves: list[object], place: int, value: torch.Tensor) -> tuple[int, tuple]:  # type: ignore[type-arg]
     """Which dim the changing index selects, and what remains of the index for the slice itself."""
     if node.target in ("select", torch.select):

@@ -55,10 +55,6 @@ class Window:
         step = [self.node(residue, self.template) for residue in range(self.period)]
         return next(filter(user_location, step), step[0])
 
-    def reads_time(self) -> bool:
-        """It is a loop over time, which reads ``x[t]``. (Layers of a deep network look alike, too.)"""
-        return any(c.kind == "series" and c.step for row in self.run.columns for c in row)
-
     def absorb_tail(self) -> None:
         """Take in a last iteration that lacks its dead end, where its values are collected like all others'."""
         tail = self.run.stop - self.stop

@@ -21,12 +21,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 
-import torch
 from torch import fx
 
 from snn_compile.ir.values import example, storage_key
 from snn_compile.passes.effects import draws, has_effect, written
 from snn_compile.passes.find_repeats import Repeat, find_repeats
+from snn_compile.passes.loop_operands import is_no_larger
 from snn_compile.passes.relate_iterations import Column, Graph, Run
 
 #: Of a node: it is no part of a loop, and known for it.
@@ -85,7 +85,6 @@ class _Steps:
         for reader, read in self.reads.items():
             for r in read:
                 self.read_by[r].add(reader)
-        self.reads_time = any(c.kind == "series" and c.step for row in run.columns for c in row)
 
     def positions(self, residue: int) -> range:
         run = self.run
@@ -108,7 +107,7 @@ class _Steps:
         if not all(map(_is_given, leaves)):
             return False
         node, leaf = self.view.nodes[self.positions(residue)[0]], leaves[0]
-        return leaf in written(node) or not self.reads_time or _is_larger(example(leaf), example(node))
+        return leaf in written(node) or not self.run.reads_time() or not is_no_larger(example(leaf), example(node))
 
     # ------------------------------------------------------------------------------------------------------------- moving
 
@@ -196,9 +195,3 @@ def _to_back(nodes: list[fx.Node], last: fx.Node) -> None:
     for node in nodes:
         last.append(node)
         last = node
-
-
-def _is_larger(value: object, result: object) -> bool:
-    """More numbers than what is computed with it (or who knows how many)."""
-    sizes = [v.numel() if isinstance(v, torch.Tensor) else None for v in (value, result)]
-    return not all(isinstance(n, int) for n in sizes) or sizes[0] > sizes[1]  # type: ignore[operator]

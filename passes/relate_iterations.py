@@ -86,6 +86,10 @@ class Run:
     columns: list[list[Column]] = field(default_factory=list)  # by residue relative to `origin`
     origin: int = 0
 
+    def reads_time(self) -> bool:
+        """It is a loop over time, which reads ``x[t]``. (Layers of a deep network look alike, too.)"""
+        return any(c.kind == "series" and c.step for row in self.columns for c in row)
+
     def column(self, position: int) -> list[Column]:
         return self.columns[(position - self.origin) % self.period]
 

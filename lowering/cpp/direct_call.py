@@ -43,7 +43,7 @@ TEXT = """
 #include <utility>
 #include <vector>
 
-using Handle = void*;   // of a tensor of torch
+using Handle = void*;  // of a tensor of torch
 using Value = uint64_t;  // on torch's stack: a handle, a number, or where the value of an optional lies (0: nowhere)
 using Numbers = std::vector<int64_t>;
 using Kernel = void (*)(char* const* addresses, const int64_t* numbers);
@@ -80,7 +80,7 @@ static void check(int32_t failed) {
   if (failed) throw std::runtime_error("snn_compile: a function of libtorch failed; it has said why on stderr");
 }
 
-// The key of a call, as `_key` in Python writes it: threads, steps; of each operand dims, sizes, strides (absent: -1).
+// The key of a call, as `DirectCalls.add` in Python writes it: threads, steps; of each operand dims, sizes, strides (absent: -1).
 struct Call {
   int64_t key[LONGEST_KEY];
   size_t length = 0;

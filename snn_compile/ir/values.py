@@ -43,6 +43,12 @@ def known_int(value: object) -> int | None:
     return value.node.maybe_as_int() if isinstance(value, torch.SymInt) else None
 
 
+def known_layout(value: torch.Tensor) -> tuple[list[int], list[int]] | None:
+    """Sizes and strides, where all of them are known."""
+    sizes, strides = ([known_int(s) for s in numbers] for numbers in (value.shape, value.stride()))
+    return None if None in (*sizes, *strides) else (sizes, strides)  # type: ignore[return-value]
+
+
 def shape_hint(value: torch.Tensor) -> tuple[int, ...]:
     return tuple(hint(s) for s in value.shape)
 

@@ -32,15 +32,24 @@ def rewrite(gm):
     return count, [(loop.length, [c.name for c in loop.carries]) for loop in loops if loop.carries]
 
 
-def before_the_state(a, *own):
-    """Lateral weights of each step's own, and what they are applied to."""
-    v, out = torch.zeros(4, N), []
-    for t in range(T):
-        v = v * 0.5 + F.linear(a[t].sin(), own[t])
-        s = spike(v - 0.3)
-        v = v - s
-        out.append(s)
-    return torch.stack(out)
+def neurons(current, record=lambda s: s, threshold=lambda t, own: 0.3):
+    """A loop over time whose step is fed ``current(a, t, own, v)``."""
+
+    def function(a, *own):
+        v, out = torch.zeros(4, N), []
+        for t in range(T):
+            v = v * 0.5 + current(a, t, own, v)
+            s = spike(v - threshold(t, own))
+            v = v - s
+            out.append(record(s))
+        return torch.stack(out)
+
+    return function
+
+
+before_the_state = neurons(lambda a, t, own, v: F.linear(a[t].sin(), own[t]))
+#: One image, shown at every step: nothing reads x[t].
+without_time = neurons(lambda a, t, own, v: F.linear(a[0], own[t]))
 
 
 def behind_the_state(a, *own):
@@ -67,21 +76,10 @@ def between_two_states(a, *own):
     return torch.stack(out)
 
 
-def without_time(a, *own):
-    """One image, shown at every step: nothing reads x[t]."""
-    v, out = torch.zeros(4, N), []
-    for t in range(T):
-        v = v * 0.5 + F.linear(a[0], own[t])
-        s = spike(v - 0.3)
-        v = v * (1 - s)
-        out.append(s)
-    return torch.stack(out)
-
-
 @pytest.mark.parametrize(
     ("function", "moves", "recurrences"),
     [(before_the_state, 1, 1), (behind_the_state, 2, 2), (between_two_states, 2, 2), (without_time, 1, 1)],
-    ids=lambda p: getattr(p, "__name__", ""),
+    ids=["before the state", "behind the state", "between two states", "without time"],
 )
 def test_moved(function, moves, recurrences):
     captured = capture(function, x(), *weights(N, N))
@@ -89,20 +87,14 @@ def test_moved(function, moves, recurrences):
     assert count == moves and [length for length, _ in loops] == [T] * recurrences
 
 
-def batch_norm_through_time(a, *statistics):
-    means, variances = statistics[:T], statistics[T:]
-    v, out = torch.zeros(4, N), []
-    for t in range(T):
-        v = v * 0.5 + F.batch_norm(a[t], means[t], variances[t], training=True)
-        s = spike(v - 0.3)
-        v = v - s
-        out.append(s)
-    return torch.stack(out)
+def normed(a, t, own, v):
+    """By statistics of the step's own: all means, then all variances."""
+    return F.batch_norm(a[t], own[t], own[T + t], training=True)
 
 
 def test_batch_norm_through_time():
     """Each step's statistics are written once, and come out as in eager (`Captured.check` compares them)."""
-    captured = capture(batch_norm_through_time, x(), *statistics())
+    captured = capture(neurons(normed), x(), *statistics())
     count, loops = captured.check(rewrite)
     assert count == 1 and [length for length, _ in loops] == [T]
 
@@ -110,16 +102,8 @@ def test_batch_norm_through_time():
 def test_random_numbers_of_one_part():
     """They are drawn in eager's order; other draws would come between them."""
 
-    def function(a, *own):
-        v, out = torch.zeros(4, N), []
-        for t in range(T):
-            v = v * 0.5 + F.linear((a[t] > torch.rand_like(a[t])).float(), own[t])
-            s = spike(v - 0.3)
-            v = v - s
-            out.append(s)
-        return torch.stack(out)
-
-    captured = capture(function, x(), *weights(N, N))
+    encoded = neurons(lambda a, t, own, v: F.linear((a[t] > torch.rand_like(a[t])).float(), own[t]))
+    captured = capture(encoded, x(), *weights(N, N))
     torch.manual_seed(1)
     expected = captured.gm(*captured.inputs)[0]
     count, loops = rewrite(captured.gm)
@@ -138,61 +122,34 @@ def deep_network(a, *own):
     return h
 
 
-def recurrent_weights(a, *own):
-    v, out = torch.zeros(4, N), []
-    for t in range(T):
-        v = v * 0.5 + a[t] + F.linear(v, own[t])
-        s = spike(v - 0.3)
-        v = v - s
-        out.append(s)
-    return torch.stack(out)
+def under_autocast(a, t, own, v):
+    with torch.autocast("cpu", torch.bfloat16):
+        y = F.linear(a[t], own[t])
+    return y.float()
 
 
-def draws_on_both_sides(a, *own):
-    v, out = torch.zeros(4, N), []
-    for t in range(T):
-        v = v * 0.5 + F.linear(F.dropout(a[t]), own[t])
-        s = spike(v - 0.3)
-        v = v - s
-        out.append(F.dropout(s))
-    return torch.stack(out)
-
-
-def under_autocast(a, *own):
-    v, out = torch.zeros(4, N), []
-    for t in range(T):
-        with torch.autocast("cpu", torch.bfloat16):
-            y = F.linear(a[t], own[t])
-        v = v * 0.5 + y.float()
-        s = spike(v - 0.3)
-        v = v - s
-        out.append(s)
-    return torch.stack(out)
-
-
-def without_gradients(a, *own):
-    v, out = torch.zeros(4, N), []
-    for t in range(T):
-        with torch.no_grad():
-            y = F.linear(a[t], own[t])
-        v = v * 0.5 + y
-        s = spike(v - 0.3)
-        v = v - s
-        out.append(s)
-    return torch.stack(out)
+def without_gradients(a, t, own, v):
+    with torch.no_grad():
+        return F.linear(a[t], own[t])
 
 
 def nothing_is_carried(a, *own):
     return torch.stack([spike(F.linear(a[t], own[t])).cos() for t in range(T)])
 
 
-@pytest.mark.parametrize(
-    "function",
-    [deep_network, recurrent_weights, draws_on_both_sides, under_autocast, without_gradients, nothing_is_carried],
-    ids=lambda f: f.__name__,
-)
-def test_near_misses(function):
-    captured = capture(function, x(), *weights(N, N))
+NEAR_MISSES = {
+    "deep network": deep_network,
+    "recurrent weights": neurons(lambda a, t, own, v: a[t] + F.linear(v, own[t])),
+    "draws on both sides": neurons(lambda a, t, own, v: F.linear(F.dropout(a[t]), own[t]), record=F.dropout),
+    "under autocast": neurons(under_autocast),
+    "without gradients": neurons(without_gradients),
+    "nothing is carried": nothing_is_carried,
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_misses(name):
+    captured = capture(NEAR_MISSES[name], x(), *weights(N, N))
     assert move_own_layers(captured.gm) == 0
 
 
@@ -219,30 +176,16 @@ def test_what_looks_alike_within_a_step_stays():
 def test_a_tensor_that_the_steps_write_into(inside):
     """What moves to the front would read it before it is written."""
 
-    def function(a, scale, *own):
-        v, out = torch.zeros(4, N), []
-        for t in range(T):
-            v = v * 0.5 + (F.linear(a[t] + scale, own[t]) if inside else F.linear(a[t], own[t]) + scale)
-            scale.mul_(0.9)
-            s = spike(v - 0.3)
-            v = v - s
-            out.append(s)
-        return torch.stack(out)
+    def current(a, t, own, v):
+        scale = own[T]
+        y = F.linear(a[t] + scale, own[t]) if inside else F.linear(a[t], own[t]) + scale
+        scale.mul_(0.9)
+        return y
 
-    captured = capture(function, x(), torch.ones(N), *weights(N, N))
+    captured = capture(neurons(current), x(), *weights(N, N), torch.ones(N))
     assert captured.check(move_own_layers) == (not inside)
 
 
 def test_statistics_that_the_steps_read():
-    def function(a, *statistics):
-        means, variances = statistics[:T], statistics[T:]
-        v, out = torch.zeros(4, N), []
-        for t in range(T):
-            v = v * 0.5 + F.batch_norm(a[t], means[t], variances[t], training=True)
-            s = spike(v - means[t])
-            v = v - s
-            out.append(s)
-        return torch.stack(out)
-
-    captured = capture(function, x(), *statistics())
+    captured = capture(neurons(normed, threshold=lambda t, own: own[t]), x(), *statistics())
     assert move_own_layers(captured.gm) == 0
