@@ -38,7 +38,7 @@ class TritonTarget:
 
     def __init__(self) -> None:
         self._texts: dict[int, tuple[weakref.ref[Recurrence], dict[tuple[Direction, Layout], Kernel]]] = {}
-        self._functions: dict[str, Function] = {}
+        self._functions: dict[KernelText, Function] = {}
 
     def missing(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
@@ -54,7 +54,8 @@ class TritonTarget:
         """Triton's launcher is Python."""
 
     def kernel(self, recurrence: Recurrence, direction: Direction, layout: Layout) -> Kernel:
-        """Generated once a recurrence, direction and layout; compiled once a source."""
+        """Generated once a recurrence, direction and layout; compiled once a text: one source
+        may serve several dtypes, and its scratch memory has theirs."""
         known = self._texts.get(id(recurrence))
         if known is None or known[0]() is not recurrence:
             known = weakref.ref(recurrence), {}
@@ -63,13 +64,13 @@ class TritonTarget:
         kernels = known[1]
         if (direction, layout) not in kernels:
             text = generate(recurrence, direction, layout)
-            function = self._functions.setdefault(text.source, Function(text))
-            kernels[direction, layout] = _Launcher(text, function)
+            function = self._functions.setdefault(text, Function(text))
+            kernels[direction, layout] = _Launcher(function)
         return kernels[direction, layout]
 
 
 class Function:
-    """The compiled forms of one source: for operands aligned to 16, and for any."""
+    """The compiled forms of one text: for operands aligned to 16, and for any."""
 
     def __init__(self, text: KernelText) -> None:
         self.text = text
@@ -121,8 +122,8 @@ class Launch:
 class _Launcher:
     """Fills in the run-time arguments of a call."""
 
-    def __init__(self, text: KernelText, function: Function) -> None:
-        self.text, self.function = text, function
+    def __init__(self, function: Function) -> None:
+        self.function = function
 
     def bind(self, tensors: Sequence[Tensor], placement: Placement, steps: int) -> BoundKernel:
         device, prepared = tensors[0].device, self.prepared(tensors, placement, steps)
@@ -136,7 +137,7 @@ class _Launcher:
     def prepared(self, tensors: Sequence[Tensor], placement: Placement, steps: int) -> Prepared:
         import triton.language as tl
 
-        text, device, n = self.text, tensors[0].device, math.prod(placement.sizes)
+        text, device, n = self.function.text, tensors[0].device, math.prod(placement.sizes)
         lanes, segment = lanes_and_steps(text.accessed, text.kept)
         options: dict[str, Any] = {"num_warps": warps(n), **compile_options()}
         block = lanes * options["num_warps"] * warp_size(device)

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from snn_compile.lowering.layout import Layout
 from snn_compile.lowering.triton import target
 from snn_compile.lowering.triton.codegen import generate
 from snn_compile.lowering.triton.text import KernelText
 from tests.lowering.triton import checks
-from tests.lowering.triton.cases import CASES
+from tests.lowering.triton.cases import CASES, recurrence
 from tests.lowering.triton.checks import check
 
 
@@ -32,6 +33,18 @@ def test_every_case(interpreted, name, steps):
 @pytest.mark.parametrize("name", CASES)
 def test_every_dtype(interpreted, name, dtype):
     interpreted(check, name, dtype, steps=11)
+
+
+def _one_source_in_two_dtypes() -> None:
+    dtypes = (torch.float32, torch.float64)
+    single, double = (generate(recurrence(CASES["delayed"], d), "backward", Layout(1, (1,) * 12)).source for d in dtypes)
+    assert single == double, "these are two sources: take another case"
+    for dtype in dtypes:
+        check("delayed", dtype, steps=17)
+
+
+def test_scratch_memory_of_one_source_in_two_dtypes(interpreted):
+    interpreted(_one_source_in_two_dtypes)
 
 
 @pytest.mark.parametrize("time_dim", [0, 1, -1])
