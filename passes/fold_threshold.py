@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from snn_compile.errors import Rejection
-from snn_compile.ir.equations import op_name
+from snn_compile.ir.fire import op_name
 from snn_compile.ir.recurrence import Const, Recurrence
 from snn_compile.ir.threshold import AffineFire, affine_fires
 from snn_compile.ir.values import example

@@ -28,11 +28,11 @@ from snn_compile.ir.recurrence import Recurrence
 from snn_compile.ir.values import example, hint, shape_hint
 from snn_compile.passes.effects import is_grad_switch, is_write
 from snn_compile.passes.fuse_consumers import may_write
-from snn_compile.passes.merge_recurrences import VIEWS, Fusion, Traced, operand_key, value_key
+from snn_compile.passes.merge_recurrences import Fusion, Traced, operand_key, value_key
+from snn_compile.passes.views import VIEWS
 
 #: Moving one past other ops changes nothing.
-EFFECT_FREE = (*VIEWS, "view", torch.unbind, torch.full, torch.tensor)
-
+EFFECT_FREE = VIEWS | {torch.full, torch.tensor}
 
 #: States of a recurrence up to which fusing was measured to gain, where it is differentiated and where it is not: each is
 #: a row of a block that stays in the innermost cache, beside the series' own.

@@ -11,7 +11,6 @@ An operand that members share is one operand. Where one of them reads it detache
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,10 +19,9 @@ import torch
 from torch import fx
 
 from snn_compile.ir.recurrence import Recurrence
+from snn_compile.passes.views import VIEWS
 
 CALLS = ("call_function", "call_method")
-#: Other names of the same memory.
-VIEWS = ("movedim", "transpose", "permute", "narrow", "select", "unbind", "unsqueeze", "detach", operator.getitem)
 
 
 @dataclass
@@ -44,7 +42,7 @@ def value_key(operand: object) -> object:
     """Equal for views that are made in the same way from the same node."""
     if not isinstance(operand, fx.Node) or operand.op not in CALLS or operand.target not in VIEWS:
         return operand
-    if operand.target == "detach":
+    if operand.target in ("detach", torch.detach):
         return value_key(operand.args[0])
     return f"{operand.target} {fx.node.map_arg((operand.args, operand.kwargs), value_key)}"  # type: ignore[arg-type]
 

@@ -14,27 +14,11 @@ from torch import Tensor, fx
 
 from snn_compile.ir.values import example, storage_key
 from snn_compile.passes.effects import is_grad_switch, written
+from snn_compile.passes.views import REARRANGING
 
-#: Names of methods, and of the functions like them; `flip` and `reshape` may be copies, which nobody writes into either.
-VIEWS = frozenset(
-    [
-        "transpose",
-        "permute",
-        "movedim",
-        "swapaxes",
-        "swapdims",
-        "t",
-        "adjoint",
-        "view",
-        "reshape",
-        "flatten",
-        "unflatten",
-        "squeeze",
-        "unsqueeze",
-        "flip",
-        "contiguous",
-    ]
-)
+#: `flip` is a copy, which nobody writes into either.
+_NAMES = REARRANGING | {"flip"}
+_MERGED = _NAMES | {getattr(torch, n) for n in _NAMES if hasattr(torch, n)}
 
 
 def merge_views(graph: fx.Graph) -> int:
@@ -56,11 +40,9 @@ def merge_views(graph: fx.Graph) -> int:
 
 
 def _is_view(node: fx.Node) -> bool:
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-    is_torch_s = node.op == "call_method" or getattr(torch, str(name), None) is node.target
     return (
-        name in VIEWS
-        and is_torch_s
+        node.op in ("call_function", "call_method")
+        and node.target in _MERGED
         and bool(node.args)
         and isinstance(example(node), Tensor)
         and isinstance(node.args[0], fx.Node)

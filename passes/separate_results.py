@@ -18,9 +18,8 @@ from torch import Tensor, fx
 
 from snn_compile.ir.values import example, is_getitem, known_int
 from snn_compile.passes.emit import emit
-from snn_compile.passes.merge_recurrences import VIEWS
+from snn_compile.passes.views import VIEWS
 
-_VIEWS = {*VIEWS, "view", "flatten", "unflatten", "reshape", "squeeze", "expand", "t", "contiguous"}
 _SEVERAL = {"unbind", torch.unbind, "chunk", torch.chunk, "split", torch.split}
 
 
@@ -71,7 +70,7 @@ def _views(node: fx.Node) -> list[fx.Node]:
 
 
 def _viewed(node: fx.Node) -> fx.Node | None:
-    source = node.args[0] if node.op in ("call_function", "call_method") and node.target in _VIEWS else None
+    source = node.args[0] if node.op in ("call_function", "call_method") and node.target in VIEWS else None
     if not isinstance(source, fx.Node) or _is_copy(node):
         return None
     if source.target in _SEVERAL:

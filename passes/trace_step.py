@@ -136,7 +136,7 @@ def vector_jacobian(body, operands, needs_grad, differentiable):  # type: ignore
 def _trace_backward(body, operands, needs_grad, recurrence, supported, shape):  # type: ignore[no-untyped-def]
     results = [*recurrence.carries, *recurrence.ys]
     backward, cotangents = vector_jacobian(body, operands, needs_grad, [r.differentiable for r in results])
-    names = [o.name for o in (*recurrence.carries, *recurrence.xs, *recurrence.consts)]
+    names = [o.name for o in recurrence.operands]
     m = len(recurrence.carries)
     names += [f"grad_{'next_' if i < m else ''}{r.name}" for i, r in enumerate(results) if r.differentiable]
     gm = _trace(backward, [*operands, *cotangents], names, supported, shape)

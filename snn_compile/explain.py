@@ -16,15 +16,20 @@ from torch._dynamo.utils import counters
 
 from snn_compile import backend
 from snn_compile.errors import Rejection
-from snn_compile.ir.equations import equations, is_affine, nice_name, op_name, passes_gradient, results, spike_of_state, surrogate
+from snn_compile.ir.equations import equations
+from snn_compile.ir.fire import op_name, passes_gradient, results, spike_of_state
 from snn_compile.ir.loop import Loop
+from snn_compile.ir.names import nice_name
 from snn_compile.ir.recurrence import Recurrence
+from snn_compile.ir.slope import surrogate
 from snn_compile.ir.stepped import SteppedRecurrence
 from snn_compile.ir.stepped import describe as describe_unit
+from snn_compile.ir.symbolic import is_affine
 from snn_compile.ir.threshold import describe_thresholds
 from snn_compile.ir.values import user_location
+from snn_compile.lowering.dump import texts_for_logs
 from snn_compile.passes.reroll import ONLY_READS
-from snn_compile.pipeline import Report, kernel_texts_for_logs, stepped_texts_for_logs
+from snn_compile.pipeline import Report
 
 #: (fragment of a reason, what to change): for refusals that come without a hint of their own.
 HINTS = (
@@ -386,8 +391,6 @@ def _explanation(reports: list[Report], graph_breaks: list[GraphBreak]) -> Expla
             if (r.reason, r.location) not in seen:
                 seen.add((r.reason, r.location))
                 made.rejections.append(r)
-    for recurrence in made.recurrences:
-        made.kernels += [(recurrence.name, direction, text) for direction, text in kernel_texts_for_logs(recurrence)]
-    for stepped in made.stepped:
-        made.kernels += [(stepped.name, direction, text) for direction, text in stepped_texts_for_logs(stepped)]
+    lowered: list[Recurrence | SteppedRecurrence] = [*made.recurrences, *made.stepped]
+    made.kernels += [(of.name, direction, text) for of in lowered for direction, text in texts_for_logs(of)]
     return made

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import snn_compile
-from snn_compile.ir import equations as eq
+from snn_compile.ir import equations, names, symbolic
 from snn_compile.ir.recurrence import Recurrence
+from snn_compile.ir.slope import surrogate
 from tests import zoo
 
 
@@ -31,7 +32,7 @@ def recurrences(case: zoo.Case) -> list[Recurrence]:
 
 def lines(name: str) -> list[str]:
     (recurrence,) = recurrences(zoo.CASES[name])
-    return [f"{e.role}: {e}" for e in eq.equations(recurrence)]
+    return [f"{e.role}: {e}" for e in equations.equations(recurrence)]
 
 
 def test_lif() -> None:
@@ -49,7 +50,7 @@ def test_a_reset_to_zero_is_not_written_out() -> None:
         return torch.stack(out)
 
     (recurrence,) = snn_compile.explain(lif)(torch.randn(6, 5)).recurrences
-    found = [f"{e.role}: {e}" for e in eq.equations(recurrence)]
+    found = [f"{e.role}: {e}" for e in equations.equations(recurrence)]
     assert found == ["charge: h = v + (x - v)/2", "fire: s = H(h - 1)", "reset: v' = (1 - s)*h"]
 
 
@@ -80,7 +81,7 @@ def test_two_states() -> None:
 )
 def test_surrogate_is_the_slope(name: str, slope) -> None:
     (recurrence,) = recurrences(zoo.CASES[name])
-    text = eq.surrogate(recurrence)
+    text = surrogate(recurrence)
     u = torch.linspace(-1.5, 1.5, 32, dtype=torch.float64)  # (not at 1: which side's slope a kink has differs between versions)
     known = {"sigmoid": torch.sigmoid, "abs": torch.abs, "sgn": torch.sgn}
     known["where"] = lambda c, a, b: torch.where(c, a, b)
@@ -91,43 +92,43 @@ def test_surrogate_is_the_slope(name: str, slope) -> None:
 
 def test_no_gradient_no_slope() -> None:
     (recurrence,) = recurrences(zoo.CASES["masked_reset"])
-    assert eq.surrogate(recurrence) is None
+    assert surrogate(recurrence) is None
 
 
 @pytest.mark.parametrize(("name", "affine"), [("lif", True), ("cuba_lif_two_states", True), ("izhikevich", False)])
 def test_affine_charge(name: str, affine: bool) -> None:
     (recurrence,) = recurrences(zoo.CASES[name])
-    assert eq.is_affine(recurrence) is affine
+    assert symbolic.is_affine(recurrence) is affine
 
 
 @pytest.mark.parametrize("name", sorted(zoo.CASES))
 def test_every_case_has_equations_quickly(name: str) -> None:
     for recurrence in recurrences(zoo.CASES[name]):
         seconds = min(_time(recurrence) for _ in range(3))
-        found = eq.equations(recurrence)
+        found = equations.equations(recurrence)
         assert seconds < 0.02
         assert len({e.name for e in found}) == len(found)
-        states = {eq.nice_name(c.name) for c in recurrence.carries if not eq.is_generic(eq.nice_name(c.name))}
+        states = {names.nice_name(c.name) for c in recurrence.carries if not names.is_generic(names.nice_name(c.name))}
         assert {f"{s}'" for s in states} <= {e.name for e in found}
 
 
 def _time(recurrence: Recurrence) -> float:
     start = time.perf_counter()
-    eq.equations(recurrence)
+    equations.equations(recurrence)
     return time.perf_counter() - start
 
 
 def test_falls_back_to_plain_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     (recurrence,) = recurrences(zoo.CASES["lif"])
-    monkeypatch.setattr(eq, "spike_of_state", lambda r: 1 / 0)
-    assert any("sub(" in str(e) for e in eq.equations(recurrence))
+    monkeypatch.setattr(equations, "spike_of_state", lambda r: 1 / 0)
+    assert any("sub(" in str(e) for e in equations.equations(recurrence))
 
 
 def test_time_cap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eq, "MAX_SECONDS", 0.05)
-    assert eq.capped(lambda: time.sleep(0.5) or 1) is None
-    assert eq.capped(lambda: 1 / 0) is None
-    assert eq.capped(lambda: 7) == 7
+    monkeypatch.setattr(symbolic, "MAX_SECONDS", 0.05)
+    assert symbolic.capped(lambda: time.sleep(0.5) or 1) is None
+    assert symbolic.capped(lambda: 1 / 0) is None
+    assert symbolic.capped(lambda: 7) == 7
 
 
 @pytest.mark.parametrize(
@@ -135,4 +136,4 @@ def test_time_cap(monkeypatch: pytest.MonkeyPatch) -> None:
     [("l_w_", "w"), ("l_self_modules_lif_parameters_tau_", "tau"), ("v_12", "v"), ("x", "x"), ("l_x_", "x")],
 )
 def test_names(name: str, nice: str) -> None:
-    assert eq.nice_name(name) == nice
+    assert names.nice_name(name) == nice

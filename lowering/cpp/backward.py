@@ -19,7 +19,7 @@ from snn_compile.lowering.cpp.emit import Emitter, needed, results, wanted_name
 from snn_compile.lowering.cpp.literals import HELD, held_bytes
 from snn_compile.lowering.cpp.names import Names
 from snn_compile.lowering.cpp.region import Invariants, Region
-from snn_compile.lowering.cpp.tensors import TensorArgument, operand_specs
+from snn_compile.lowering.cpp.tensors import TensorArgument
 from snn_compile.lowering.cpp.writer import KernelSource, Writer
 from snn_compile.lowering.layout import Layout
 
@@ -36,7 +36,7 @@ class _Backward:
         self.tensors = writer.tensors
         self.differentiable = [i for i, c in enumerate(recurrence.carries) if c.differentiable]
         names = Names()
-        operands = [names.unique(o.name) for o in operand_specs(recurrence)]
+        operands = [names.unique(o.name) for o in recurrence.operands]
         cotangents = [names.unique(f"grad_next_{recurrence.carries[i].name}") for i in self.differentiable]
         cotangents += [names.unique(f"grad_{y.name}") for y in recurrence.differentiable_ys]
         invariants = Invariants(names)

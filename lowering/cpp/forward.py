@@ -5,7 +5,6 @@ from __future__ import annotations
 from snn_compile.ir.recurrence import Recurrence
 from snn_compile.lowering.cpp.names import Names
 from snn_compile.lowering.cpp.region import Invariants, Region
-from snn_compile.lowering.cpp.tensors import operand_specs
 from snn_compile.lowering.cpp.writer import KernelSource, Writer
 from snn_compile.lowering.layout import Layout
 
@@ -13,7 +12,7 @@ from snn_compile.lowering.layout import Layout
 def forward_source(recurrence: Recurrence, layout: Layout) -> KernelSource:
     writer = Writer(recurrence, "forward", layout)
     names = Names()
-    operands = [names.unique(o.name) for o in operand_specs(recurrence)]
+    operands = [names.unique(o.name) for o in recurrence.operands]
     first_const = len(recurrence.carries) + len(recurrence.xs)
     constants = {first_const + i: tensor for i, tensor in enumerate(writer.tensors.consts)}
     wanted = range(len(recurrence.carries) + len(recurrence.ys))

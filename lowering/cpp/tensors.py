@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from snn_compile.ir.recurrence import Carry, Const, Recurrence, TimeSeries
+from snn_compile.ir.recurrence import Recurrence
 from snn_compile.lowering.cpp.literals import HALVES, stored
 from snn_compile.lowering.cpp.names import Names
 from snn_compile.lowering.launch import Direction
@@ -100,11 +100,6 @@ class Tensors:
         every = [*self.inits, *self.xs, *self.consts, *self.ys, *self.finals.values(), *self.ct_ys]
         every += [*self.ct_finals.values(), *self.grad_inits.values(), *self.grad_xs, *self.grad_consts.values()]
         return every
-
-
-def operand_specs(recurrence: Recurrence) -> list[Carry | TimeSeries | Const]:
-    """In the order in which they are passed."""
-    return [*recurrence.carries, *recurrence.xs, *recurrence.consts]
 
 
 def tensors_of(recurrence: Recurrence, direction: Direction, layout: Layout, stems: Names) -> Tensors:

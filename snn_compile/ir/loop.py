@@ -131,3 +131,9 @@ def verify(loop: Loop) -> None:
     if loop.length < 1:
         raise VerificationError(f"{loop.name}: length {loop.length}")
     loop.body.graph.lint()
+
+
+def loop_calls(gm: fx.GraphModule) -> list[tuple[fx.Node, Loop]]:
+    """The calls of loops in a graph, and the loops."""
+    calls = gm.graph.find_nodes(op="call_module")
+    return [(c, loop) for c in calls if isinstance(loop := getattr(gm, str(c.target)), Loop)]

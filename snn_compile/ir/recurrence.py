@@ -80,6 +80,11 @@ class Signature:
     ys: tuple[Output, ...]
 
     @property
+    def operands(self) -> list[Carry | TimeSeries | Const]:
+        """In the order in which step and backward take them."""
+        return [*self.carries, *self.xs, *self.consts]
+
+    @property
     def finals(self) -> tuple[Carry, ...]:
         return tuple(c for c in self.carries if c.is_result)
 

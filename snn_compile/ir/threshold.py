@@ -14,8 +14,10 @@ from typing import Any
 
 from torch import fx
 
-from snn_compile.ir.equations import Fire, capped, op_name, reached, spike_of_state, to_sympy, writer
+from snn_compile.ir.equations import writer
+from snn_compile.ir.fire import Fire, op_name, reached, spike_of_state
 from snn_compile.ir.recurrence import Recurrence
+from snn_compile.ir.symbolic import capped, to_sympy
 
 
 @dataclass(frozen=True)

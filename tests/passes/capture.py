@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, fx
 
 from snn_compile.errors import Rejection
-from snn_compile.ir.loop import Loop, verify
+from snn_compile.ir.loop import Loop, loop_calls, verify
+from snn_compile.lowering.candidates import is_pointwise_op
 from snn_compile.passes.classify import classify
 from snn_compile.passes.functionalize import functionalize
 from snn_compile.passes.hoist_creations import hoist_creations
 from snn_compile.passes.reroll import reroll
-from snn_compile.pipeline import is_pointwise_op
 
 
 class Spike(torch.autograd.Function):
@@ -38,8 +38,7 @@ class Captured:
         return [n.target for n in self.gm.graph.nodes if n.op in ("call_function", "call_method", "call_module")]
 
     def loops(self) -> list[tuple[fx.Node, Loop]]:
-        found = [(n, getattr(self.gm, n.target)) for n in self.gm.graph.nodes if n.op == "call_module"]
-        return [(n, loop) for n, loop in found if isinstance(loop, Loop)]
+        return loop_calls(self.gm)
 
     def run(self) -> tuple[list[object], list[Tensor | None], list[object]]:
         """Outputs, gradients of the inputs, and the inputs as the graph leaves them."""

@@ -10,8 +10,8 @@ from torch._dynamo.utils import counters
 
 import snn_compile
 from snn_compile import neuron as library
+from snn_compile.lowering.candidates import is_pointwise_op
 from snn_compile.passes.fold_batch_norm import fold_batch_norm
-from snn_compile.pipeline import is_pointwise_op
 from tests.passes.capture import Spike, infos, rerolled, x
 
 CHANNELS = 1000

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from snn_compile.lowering.candidates import is_pointwise_op
 from snn_compile.passes.fuse_consumers import fuse_consumers
-from snn_compile.pipeline import is_pointwise_op
 from tests.passes.capture import rerolled, x
 
 
