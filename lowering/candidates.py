@@ -23,8 +23,8 @@ from snn_compile.passes.hoist import find_invariant
 #: Fewer ops than this, in all steps of a loop, are no neuron: a sum of two losses, two residuals.
 FEWEST_OPS = 4
 
-#: Pointwise ops without PyTorch's tag for them (all but hardswish have it in torch 2.13).
-UNTAGGED = ("hardswish.default", "leaky_relu.default", "elu.default", "gelu.default")
+#: Pointwise ops without PyTorch's tag for them (in torch 2.13, all but the first two have it).
+UNTAGGED = ("hardswish.default", "masked_fill.Tensor", "leaky_relu.default", "elu.default", "gelu.default")
 
 
 def is_pointwise_op(op: torch._ops.OpOverload) -> bool:

@@ -26,10 +26,11 @@ from torch import fx
 
 from snn_compile.errors import Reject
 from snn_compile.ir.loop import Loop
-from snn_compile.ir.values import example, is_getitem, shape_key
+from snn_compile.ir.values import example, is_getitem, known_int, shape_key
 from snn_compile.passes.batch_norm_over_time import batch_norm_over_time, check_batch_norm
 from snn_compile.passes.classify import AUTOGRAD_FUNCTION, OpInfo
 from snn_compile.passes.emit import attribute, emit, emit_function, replace_by_results
+from snn_compile.passes.views import RESIZING
 from snn_compile.passes.vmap_time import vmap_time
 
 #: Says whether the node treats dim 0 of its first operand (`BATCHED`: its first operands) as a batch; the other operands are
@@ -157,12 +158,26 @@ def _fold_time(gm: fx.GraphModule, call: fx.Node, loop: Loop, infos: dict[fx.Nod
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: env[a] if a in env else attribute(gm, loop, a))
         if node.target is F.batch_norm and infos[node].writes:
             env[node] = emit_function(graph, batch_norm_over_time, (loop.length, *args), kwargs)
+        elif (sizes := _sizes_behind_batch(node)) is not None:
+            env[node] = emit(graph, "call_method", "reshape", (args[0], (-1, *sizes)), {})
         else:
             env[node] = emit(graph, node.op, node.target, args, kwargs)
         env[node].meta = {**node.meta, **env[node].meta}
     next_carries, values = loop.results()
     series = {v: _unfold(graph, env[v], loop.length) for v in dict.fromkeys((*values, *next_carries))}
     return [series[v] for v in (*next_carries, *values)]
+
+
+def _sizes_behind_batch(node: fx.Node) -> list[int] | None:
+    """``x.view(batch, -1)``: the sizes of a sample, where the first dim stays what it is. (The others are those of one step.)"""
+    if node.target not in RESIZING or not node.args:
+        return None
+    given, value = example(node.args[0]), example(node)
+    if not (isinstance(given, torch.Tensor) and isinstance(value, torch.Tensor) and given.dim() and value.dim()):
+        return None
+    sizes = [known_int(s) for s in value.shape[1:]]
+    is_kept = shape_key(given)[0] == shape_key(value)[0]
+    return sizes if is_kept and None not in sizes else None  # type: ignore[return-value]
 
 
 def _unfold(graph: fx.Graph, node: fx.Node, length: int) -> fx.Node:
@@ -205,7 +220,9 @@ def _is_batched(node: fx.Node, info: OpInfo, folded: set[fx.Node]) -> bool:
         return False
     if is_getitem(node) and node.args[0].target is AUTOGRAD_FUNCTION:  # type: ignore[union-attr]
         return info.pointwise
-    if info.pointwise:
+    if _sizes_behind_batch(node) is not None:
+        return node.args[0] in folded
+    if info.pointwise and node.target not in ("expand", *RESIZING):  # (their sizes are those of one step)
         value = example(node)
         value = value[0] if isinstance(value, (tuple, list)) else value
         # a constant with as many dims as the value has a batch dim of its own, which folding would stretch

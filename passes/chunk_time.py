@@ -24,7 +24,7 @@ from torch import fx
 from snn_compile.ir.loop import Loop, LoopCarry
 from snn_compile.ir.values import example
 from snn_compile.passes.classify import OpInfo
-from snn_compile.passes.emit import emit, replace_by_results
+from snn_compile.passes.emit import copy_of, emit, replace_by_results
 
 GIB = 1 << 30
 
@@ -92,11 +92,8 @@ def chunk_time(gm: fx.GraphModule, call: fx.Node, loop: Loop, length: int) -> li
 
 def _part(loop: Loop, number: int, steps: int) -> Loop:
     """The loop over `steps` steps, all of whose states are results, with a body of its own."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(loop.body.graph, {}))
-    body = fx.GraphModule(loop.body, graph)
     carries = [LoopCarry(c.name, c.example, is_result=True) for c in loop.carries]
-    return Loop(f"{loop.name}_part_{number}", steps, body, carries, loop.xs, loop.consts, loop.ys, loop.location)
+    return Loop(f"{loop.name}_part_{number}", steps, copy_of(loop.body), carries, loop.xs, loop.consts, loop.ys, loop.location)
 
 
 def _values(part: Loop) -> Sequence[torch.Tensor]:

@@ -29,6 +29,13 @@ def attribute(gm: fx.GraphModule, loop: Loop, node: fx.Node) -> fx.Node:
     return new
 
 
+def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
+    """To be rewritten while the original stays as it is."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return fx.GraphModule(gm, graph)
+
+
 def delete_unused_children(gm: fx.GraphModule) -> None:
     """Not `delete_all_unused_submodules`, which empties the bodies of regions: their own children are named in no node here."""
     used = {str(n.target).split(".")[0] for n in gm.graph.nodes if n.op in ("get_attr", "call_module")}

@@ -8,7 +8,8 @@
 A write is rewritten only where the tensor was made in this graph (it shares no storage with an input), the write goes to
 the tensor itself and not through a view, and no view of it made earlier is read later: then every later use can be given
 the new value and nobody can see the difference. What was written is read back without memory (``out[t-1]`` after
-``out[t-1] = s`` is ``s``). All other writes stay as they are.
+``out[t-1] = s`` is ``s``). All other writes stay as they are. The forward of an
+`autograd.Function` is a graph of its own: ``out = zeros_like(u); out[u > 0] = 1`` is rewritten there.
 
 Does not fire: writes into inputs (running statistics), through views, under ``out=``; in `no_grad` regions that are none after
 `passes/no_grad_regions`.
@@ -23,9 +24,10 @@ import torch
 from torch import fx
 
 from snn_compile.ir.values import example, flat_nodes, is_getitem, known_int, storage_key
+from snn_compile.passes.classify import AUTOGRAD_FUNCTION
 from snn_compile.passes.concatenations import normalize_concatenations
 from snn_compile.passes.effects import INPLACE_OPERATORS, is_write
-from snn_compile.passes.emit import emit
+from snn_compile.passes.emit import copy_of, emit
 from snn_compile.passes.no_grad_regions import detach_no_grad_regions
 
 #: In a node's meta: it is what a write has become, a new value. (Its example lies in the memory that was written into.)
@@ -43,6 +45,7 @@ def functionalize(gm: fx.GraphModule) -> fx.GraphModule:
     """Rewrite `gm` in place; see the module's docstring."""
     _gather_attributes(gm.graph)
     detach_no_grad_regions(gm)
+    _rewrite_forwards(gm)
     _replace_writes(gm.graph)
     _drop_overwritten(gm.graph)
     normalize_concatenations(gm.graph)
@@ -65,6 +68,18 @@ def _gather_attributes(graph: fx.Graph) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- writes
+
+
+def _rewrite_forwards(gm: fx.GraphModule) -> None:
+    """A surrogate that fills in its spikes, ``out = zeros_like(u); out[u > 0] = 1``, in a copy of its body."""
+    for node in gm.graph.find_nodes(op="call_function", target=AUTOGRAD_FUNCTION):
+        name = str(node.args[0].target)
+        forward = getattr(gm, name)
+        if any(map(is_write, forward.graph.nodes)):
+            forward = copy_of(forward)
+            _replace_writes(forward.graph)
+            forward.recompile()
+            setattr(gm, name, forward)
 
 
 def _replace_writes(graph: fx.Graph) -> None:

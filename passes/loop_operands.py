@@ -133,15 +133,15 @@ def time_dim(node: fx.Node, leaves: list[object], place: int, value: torch.Tenso
     index = node.args[1]
     if isinstance(index, int):
         return 0, ()
-    if not isinstance(index, tuple) or any(not (isinstance(i, (int, slice)) or i is Ellipsis) for i in index):
-        raise Reject("x is indexed by a tensor or a new axis", node=node, location=user_location(node))
+    if not isinstance(index, tuple) or any(not (isinstance(i, (int, slice)) or i in (Ellipsis, None)) for i in index):
+        raise Reject("x is indexed by a tensor", node=node, location=user_location(node))
     # the changing leaf is number `place` among nodes and numbers; leaf 0 is the tensor
     seen = 0
     for where, item in enumerate(index):  # noqa: B007  (read after the loop)
         if isinstance(item, slice):
             seen += sum(isinstance(v, int) for v in (item.start, item.stop, item.step))
             continue
-        if item is Ellipsis:
+        if item in (Ellipsis, None):
             continue
         seen += 1
         if seen == place:
@@ -149,7 +149,8 @@ def time_dim(node: fx.Node, leaves: list[object], place: int, value: torch.Tenso
     else:
         raise Reject("a slice moves with t", node=node, location=user_location(node))
     before, after = index[:where], index[where + 1 :]
-    dim = value.dim() - 1 - len(after) if Ellipsis in before else len(before)
+    kept = [len(side) - side.count(None) for side in (before, after)]  # (a new axis is none of the series')
+    dim = value.dim() - 1 - kept[1] if Ellipsis in before else kept[0]
     rest = (*before, *after)
     plain = all(i is Ellipsis or i == slice(None) for i in rest)
     return dim, () if plain else rest

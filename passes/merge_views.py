@@ -17,8 +17,7 @@ from snn_compile.passes.effects import is_grad_switch, written
 from snn_compile.passes.views import REARRANGING
 
 #: `flip` is a copy, which nobody writes into either.
-_NAMES = REARRANGING | {"flip"}
-_MERGED = _NAMES | {getattr(torch, n) for n in _NAMES if hasattr(torch, n)}
+_MERGED = REARRANGING | {"flip", torch.flip}
 
 
 def merge_views(graph: fx.Graph) -> int:

@@ -29,6 +29,7 @@ from torch._guards import CompileContext
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from snn_compile.ir.values import example, known_int
+from snn_compile.passes.emit import copy_of
 
 COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
 
@@ -144,7 +145,7 @@ def drop_unread_sizes(gm: fx.GraphModule) -> None:
 
 def _without(forward: fx.GraphModule, backward: fx.GraphModule, sizes: list[int]):  # type: ignore[no-untyped-def]
     """Copies of both bodies without the operands `sizes`, and where each saved value went; None where one is read."""
-    forward, backward = _clone(forward), _clone(backward)
+    forward, backward = copy_of(forward), copy_of(backward)
     output = forward.graph.output_node()
     outs, saved = output.args[0]  # type: ignore[misc]
     inputs = [n for n in forward.graph.nodes if n.op == "placeholder"]
@@ -165,9 +166,3 @@ def _without(forward: fx.GraphModule, backward: fx.GraphModule, sizes: list[int]
     forward.recompile()
     backward.recompile()
     return (forward, backward), moved
-
-
-def _clone(gm: fx.GraphModule) -> fx.GraphModule:
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    return fx.GraphModule(gm, graph)

@@ -1,4 +1,4 @@
-"""Which calls of a torch-level graph give another name to their first argument's memory."""
+"""Which calls of a torch-level graph give another name to their first argument's memory, as targets of nodes."""
 
 from __future__ import annotations
 
@@ -6,27 +6,16 @@ import operator
 
 import torch
 
-#: As methods are called. All elements are still there; `reshape`, `flatten` and `contiguous` are copies where they have to be.
-REARRANGING = frozenset(
-    [
-        "transpose",
-        "permute",
-        "movedim",
-        "swapaxes",
-        "swapdims",
-        "t",
-        "adjoint",
-        "view",
-        "reshape",
-        "flatten",
-        "unflatten",
-        "squeeze",
-        "unsqueeze",
-        "contiguous",
-    ]
+
+def _methods_and_functions(*names: str) -> frozenset[object]:
+    return frozenset([*names, *(getattr(torch, n) for n in names if hasattr(torch, n))])
+
+
+#: Sizes, from the same elements; copies where they have to be.
+RESIZING = _methods_and_functions("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
+#: All elements are still there.
+REARRANGING = RESIZING | _methods_and_functions(
+    "transpose", "permute", "movedim", "swapaxes", "swapdims", "t", "adjoint", "contiguous"
 )
-
-_NAMES = REARRANGING | {"narrow", "select", "unbind", "expand", "detach"}
-
-#: Targets of nodes: methods and functions. An index is a view unless it holds tensors or lists.
-VIEWS: frozenset[object] = _NAMES | {getattr(torch, n) for n in _NAMES if hasattr(torch, n)} | {operator.getitem}
+#: An index is a view unless it holds tensors or lists.
+VIEWS = REARRANGING | _methods_and_functions("narrow", "select", "unbind", "expand", "detach") | {operator.getitem}

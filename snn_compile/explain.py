@@ -46,6 +46,16 @@ HINTS = (
     ("complex dtype", "keep real and imaginary parts in two real tensors"),
 )
 
+#: The same for graph breaks: fragments of what Dynamo says.
+BREAK_HINTS = (
+    (
+        "Tensor.item()",
+        "keep numbers as numbers (`ctx.gamma = gamma`), or set torch._dynamo.config.capture_scalar_outputs = True",
+    ),
+    ("aten.nonzero", "v[mask] = v[mask] - 1 reads as many values as the data says: v = torch.where(mask, v - 1, v)"),
+    ("python_type()", "Dynamo reads no attribute of an autograd.Function's class: keep the number outside of the class"),
+)
+
 #: Libraries of whose modules `compat.prepare` takes graph breaks out.
 PREPARED = frozenset(("snntorch", "norse", "sinabs"))
 #: What Dynamo says of ``self.spike = Spike()``, an instance of an `autograd.Function`, and ``self.spike.apply(v)``.
@@ -65,9 +75,11 @@ class GraphBreak:
         return f"{_here(self.location) or 'somewhere'}: {self.reason}"
 
     @property
-    def is_prepared(self) -> bool:
-        """Whether `compat.prepare` takes such breaks out."""
-        return not PREPARED.isdisjoint(Path(self.location).parts) or _FUNCTION_INSTANCE in self.reason
+    def hint(self) -> str:
+        """What to change; empty where that depends on the code."""
+        if not PREPARED.isdisjoint(Path(self.location).parts) or _FUNCTION_INSTANCE in self.reason:
+            return "model = snn_compile.compat.prepare(model), before it is compiled"
+        return next((hint for fragment, hint in BREAK_HINTS if fragment in self.reason), "")
 
 
 @dataclass
@@ -120,9 +132,9 @@ class Explanation:
         parts += [describe_stepped(r) for r in self.stepped]
         if self.graph_breaks:
             lines = ["Graph breaks (a loop with one inside cannot become a kernel):"]
-            lines += [f"  - {b}" for b in self.graph_breaks]
-            if any(b.is_prepared for b in self.graph_breaks):
-                lines.append("    to change: model = snn_compile.compat.prepare(model), before it is compiled")
+            for hint in dict.fromkeys(b.hint for b in self.graph_breaks):
+                lines += [f"  - {b}" for b in self.graph_breaks if b.hint == hint]
+                lines += [f"    to change: {hint}"] if hint else []
             parts.append("\n".join(lines))
         if rejections:
             lines = ["Left to Inductor, with eager's meaning:"]

@@ -158,6 +158,45 @@ def test_a_break_inside_of_a_loop_has_its_place() -> None:
     found = snn_compile.explain(f)(torch.rand(6, 3))
     (only,) = found.graph_breaks
     assert only.location == f"{__file__}:{f.__code__.co_firstlineno + 4}" and "Tensor.item()" in only.reason
+    assert "to change: keep numbers as numbers" in str(found)
+
+
+class ReadsItsClass(torch.autograd.Function):
+    """As in the SpyTorch notebooks."""
+
+    scale = 10.0
+
+    @staticmethod
+    def forward(ctx, u):
+        ctx.save_for_backward(u)
+        return (u > 0).float()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / (ReadsItsClass.scale * ctx.saved_tensors[0].abs() + 1.0) ** 2
+
+
+def test_breaks_say_what_to_change() -> None:
+    def by_class(x):
+        v, out = torch.zeros_like(x[0]), []
+        for t in range(x.shape[0]):
+            v = v * 0.5 + x[t]
+            out.append(ReadsItsClass.apply(v - 1.0))
+        return torch.stack(out)
+
+    def by_mask(x):
+        v, out = torch.zeros_like(x[0]), []
+        for t in range(x.shape[0]):
+            v = v * 0.5 + x[t]
+            v[v > 1.0] = v[v > 1.0] - 1.0
+            out.append(v.clone())
+        return torch.stack(out)
+
+    hints = {by_class: "keep the number outside of the class", by_mask: "torch.where(mask, v - 1, v)"}
+    for function, hint in hints.items():
+        torch._dynamo.reset()
+        found = snn_compile.explain(function)(torch.rand(6, 3).requires_grad_(function is by_class))
+        assert found.graph_breaks and hint in str(found)
 
 
 def test_writes_into_the_series_that_is_read_are_named() -> None:
@@ -219,7 +258,7 @@ def test_a_sum_of_two_is_no_loop(monkeypatch) -> None:
 
     found = snn_compile.explain(f)(torch.randn(4, 3))
     assert not found.loops and any("2 steps of 1 ops" in r.reason for r in found.rejections)
-    monkeypatch.setattr("snn_compile.pipeline.FEWEST_OPS", 0)
+    monkeypatch.setattr("snn_compile.lowering.candidates.FEWEST_OPS", 0)
     torch._dynamo.reset()
     assert len(snn_compile.explain(f)(torch.randn(4, 3)).loops) == 1
 

@@ -69,6 +69,22 @@ class Quantised(torch.autograd.Function):
         return grad, None
 
 
+class FilledIn(torch.autograd.Function):
+    """Spikes written through a mask into a tensor of zeros, as in the SpyTorch notebooks and what was copied from them."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        out = torch.zeros_like(x)
+        out[x > 0] = 1.0
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad.clone() / (10.0 * x.abs() + 1.0) ** 2
+
+
 class LearnableAlpha(torch.autograd.Function):
     """Several saved tensors and a gradient for alpha."""
 
@@ -147,6 +163,29 @@ def lif(x):
         s = Sigmoid.apply(h - 1.0, 4.0)
         v = h * (1.0 - s)
         out.append(s)
+    return torch.stack(out)
+
+
+@case()
+def filled_in(x):
+    v = i = torch.zeros_like(x[0])
+    out = []
+    for t in range(x.shape[0]):
+        s = FilledIn.apply(v - 1.0)
+        v, i = (0.9 * v + i) * (1.0 - s.detach()), 0.8 * i + x[t]
+        out.append(s)
+    return torch.stack(out)
+
+
+@case((6, 7), ())
+def reset_to_a_tensor(x, reset):
+    v = torch.zeros_like(x[0])
+    out = []
+    for t in range(x.shape[0]):
+        v = 0.9 * v + x[t]
+        fired = v > 1.0
+        v = v.masked_fill(fired, reset)
+        out.append(fired.float() + v)
     return torch.stack(out)
 
 

@@ -115,6 +115,41 @@ def test_masked_write():
     capture(masked_write, x()).check(functionalize)
 
 
+class Filled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u):
+        ctx.save_for_backward(u)
+        spikes = torch.zeros_like(u)
+        spikes[u > 0] = 1.0
+        return spikes
+
+    @staticmethod
+    def backward(ctx, grad):
+        (u,) = ctx.saved_tensors
+        return grad / (1.0 + u.abs())
+
+
+class Dirty(Filled):
+    @staticmethod
+    def forward(ctx, u):
+        ctx.save_for_backward(u.clone())
+        u.clamp_(max=0.5)
+        return u * 2.0
+
+
+@pytest.mark.parametrize(("function", "writes_left"), [(Filled, 0), (Dirty, 1)])
+def test_the_forward_of_a_surrogate(function, writes_left):
+    """A tensor of its own is written into by value; its operand is left alone."""
+    captured = capture(lambda a: function.apply(a * 1.5) * a, x())
+    children = list(captured.gm.children())
+    before = [str(child.graph) for child in children]
+    captured.check(functionalize)
+    (call,) = (n for n in captured.gm.graph.nodes if n.target is torch.ops.higher_order.autograd_function_apply)
+    forward = getattr(captured.gm, call.args[0].target)
+    assert sum(map(is_write, forward.graph.nodes)) == writes_left
+    assert [str(child.graph) for child in children] == before, "a graph that may be gone back to has changed"
+
+
 def test_a_no_grad_region_is_a_detach():
     captured = capture(no_grad_region, x())
     captured.check(functionalize)

@@ -54,6 +54,16 @@ def dead_tail(a):
     return torch.stack(out)
 
 
+def new_axes(a):
+    """(Time is the middle dim.)"""
+    u, v, w = torch.zeros(6, 5, 1), torch.zeros(1, 6, 5), torch.zeros(6, 1, 5)
+    for t in range(a.shape[1]):
+        u = 0.5 * u + a[:, t, :, None]
+        v = 0.5 * v + a[None, :, t]
+        w = 0.5 * w + a[..., None, t, :]
+    return u, v, w
+
+
 def read_before_the_loop(a):
     """The first state is read as an item, like a function's result at the end of an iteration: none begins there."""
     s, out = torch.zeros(1, *a.shape[1:])[0], []
@@ -86,6 +96,7 @@ LOOPS = {
     two_loops_of_different_lengths: [4, 6],
     dead_tail: [6],
     read_before_the_loop: [6],
+    new_axes: [3],
 }
 
 
