@@ -2,6 +2,8 @@
 
     for t: y[t] = conv2d(x[t], w)      ->      y = conv2d(x.flatten(0, 1), w).unflatten(0, (T, -1))
 
+Such a loop is what `distribute` leaves of the layers between neurons, or one that a user wrote.
+
 Time is folded into the batch dim, as a person would write it, so the graph holds the one large matmul or convolution. That
 is sound for ops that treat dim 0 of their input as a batch of independent samples; `RULES` lists them with what must hold.
 A step with another op in it is batched by `torch.vmap` (`passes/vmap_time`), and what vmap cannot batch stays per step.
@@ -24,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from snn_compile.errors import Reject
+from snn_compile.errors import Reject, Rejection
 from snn_compile.ir.loop import Loop
 from snn_compile.ir.values import example, is_getitem, known_int, shape_key
 from snn_compile.passes.batch_norm_over_time import batch_norm_over_time, check_batch_norm
@@ -81,11 +83,16 @@ RULES: dict[object, Rule] = {
     torch.conv1d: _has_batch(1),
     torch.conv2d: _has_batch(2),
     torch.conv3d: _has_batch(3),
+    torch.conv_transpose1d: _has_batch(1),
     torch.conv_transpose2d: _has_batch(2),
+    torch.conv_transpose3d: _has_batch(3),
     F.max_pool1d: _has_batch(1),
     F.max_pool2d: _has_batch(2),
     torch.max_pool2d: _has_batch(2),
+    F.max_pool3d: _has_batch(3),
+    F.avg_pool1d: _has_batch(1),
     F.avg_pool2d: _has_batch(2),
+    F.avg_pool3d: _has_batch(3),
     F.adaptive_avg_pool2d: _has_batch(2),
     F.adaptive_max_pool2d: _has_batch(2),
     F.batch_norm: lambda node: _argument(node, 5, "training", False) is False,
@@ -128,6 +135,20 @@ def batch_time(gm: fx.GraphModule, call: fx.Node, loop: Loop, infos: dict[fx.Nod
     replace_by_results(call, results)
     delattr(gm, str(call.target))
     return len(infos)
+
+
+def why_no_layers(loop: Loop, infos: dict[fx.Node, OpInfo]) -> Rejection | None:
+    """Why a loop is not one of layers with the same weights in all steps, and nothing random among them."""
+    if all(info.pointwise for info in infos.values()):
+        return Rejection("it holds no layer", loop.name, loop.location)
+    if not all(info.pure for info in infos.values()):
+        return Rejection("it writes, or draws random numbers", loop.name, loop.location)
+    try:
+        _check(loop, infos)
+        _check_folds(loop, infos)
+    except Reject as reject:
+        return reject.rejection
+    return None
 
 
 def _check(loop: Loop, infos: dict[fx.Node, OpInfo]) -> None:

@@ -1,9 +1,10 @@
 """Layers that a step has of its own are moved out from between the steps.
 
-    v = 0.9*v + norm[0](fc(x)); s0 = v >= 1; o = o + read[0](s0)        y0 = norm[0](fc(x)); y1 = norm[1](fc(x))
-    v = 0.9*v + norm[1](fc(x)); s1 = v >= 1; o = o + read[1](s1)   ->   v = 0.9*v + y0; s0 = v >= 1
-                                                                        v = 0.9*v + y1; s1 = v >= 1
-                                                                        o = o + read[0](s0); o = o + read[1](s1)
+    v = 0.9*v + norm[0](fc(x[0])); s0 = v >= 1; o = o + read[0](s0)        y0 = fc(x[0]); y1 = fc(x[1])
+    v = 0.9*v + norm[1](fc(x[1])); s1 = v >= 1; o = o + read[1](s1)   ->   z0 = norm[0](y0); z1 = norm[1](y1)
+                                                                           v = 0.9*v + z0; s0 = v >= 1
+                                                                           v = 0.9*v + z1; s1 = v >= 1
+                                                                           o = o + read[0](s0); o = o + read[1](s1)
 
 What is left are equal steps, which `reroll` takes. To the front goes what no state reaches, with all that it is made of; to the
 back what reaches no state, with all that is made of it. (Batch norm through time - Kim and Panda 2021, "Revisiting batch
@@ -128,7 +129,7 @@ class _Steps:
         rest = set(range(self.run.period)) - front - back
         if front & back or not self._is_carried_among(rest) or any(self.reads[r] & back for r in rest | front):
             return False
-        parts = [self.instances(part) for part in (front, rest, back)]
+        parts = [self._layer_by_layer(front), self.instances(rest), self.instances(back)]
         if sum(any(map(draws, part)) for part in parts) > 1 or not (self._may_move(parts[0]) and self._may_move(parts[2])):
             return False
         if self._read_from_within(parts[0], lambda n: n.all_input_nodes) or self._read_from_within(parts[2], lambda n: n.users):
@@ -139,6 +140,14 @@ class _Steps:
             node.meta[MOVED] = True
         self.view.gm.graph.lint()
         return True
+
+    def _layer_by_layer(self, residues: set[int]) -> list[fx.Node]:
+        """All steps of a layer, then those of the next, so that each is a loop: the layers do not reach themselves."""
+        ordered = sorted(residues, key=lambda r: (len(self._closure_of(self.reads[r], self.reads)), r))
+        layers = [self.instances({r}) for r in ordered]
+        if sum(draws(layer[0]) for layer in layers) > 1:  # (random numbers stay in the order of the steps)
+            return self.instances(residues)
+        return list(itertools.chain(*layers))
 
     def _closure(self, residue: int, edges: dict[int, set[int]]) -> set[int]:
         return {residue} | self._closure_of(edges[residue], edges)

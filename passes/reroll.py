@@ -22,6 +22,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor, fx
 
@@ -31,6 +32,7 @@ from snn_compile.ir.values import example, is_getitem, user_line, user_location
 from snn_compile.passes.effects import is_write
 from snn_compile.passes.emit import delete_unused_children
 from snn_compile.passes.find_repeats import Repeat, find_repeats
+from snn_compile.passes.loop_operands import TimeSlices
 from snn_compile.passes.loop_window import Window
 from snn_compile.passes.move_own_layers import MOVED
 from snn_compile.passes.plan_loop import LoopPlan
@@ -50,12 +52,24 @@ ONLY_READS = "its iterations only read values"
 Key = tuple[str, int, bool]
 
 
-def reroll(gm: fx.GraphModule, accept: Accept, min_length: int = 2) -> tuple[list[Loop], list[Rejection]]:
-    """Replace loops of `gm` by `Loop` submodules; `accept` says why a verified loop should stay unrolled (or None)."""
+def reroll(
+    gm: fx.GraphModule, accept: Accept, min_length: int = 2, accept_layers: Accept | None = None
+) -> tuple[list[Loop], list[Rejection]]:
+    """Replace loops of `gm` by `Loop` submodules; `accept` says why a verified loop should stay unrolled (or None).
+
+    `accept_layers` is asked about what is left: loops over slices of tensors that carry nothing from step to step.
+    """
     loops: list[Loop] = []
     rejections: dict[Key, Rejection] = {}
     while (found := _first_loop(gm, accept, min_length, f"loop_{len(loops)}", rejections)) is not None:
         loops.append(found)
+    if loops and accept_layers is not None:
+        refused: dict[Key, Rejection] = {}
+        search = partial(_first_loop, gm, accept_layers, min_length, rejections=refused, are_layers=True)
+        while (found := search(name=f"loop_{len(loops)}")) is not None:
+            loops.append(found)
+            rejections = {key: r for key, r in rejections.items() if r.location != found.location}
+            refused.clear()  # (what read this one's values reads slices now)
     if loops:
         _drop_unused_bodies(gm)
         gm.graph.lint()
@@ -70,7 +84,14 @@ def _drop_unused_bodies(gm: fx.GraphModule) -> None:
     delete_unused_children(gm)
 
 
-def _first_loop(gm: fx.GraphModule, accept: Accept, min_length: int, name: str, rejections: dict[Key, Rejection]) -> Loop | None:
+def _first_loop(
+    gm: fx.GraphModule,
+    accept: Accept,
+    min_length: int,
+    name: str,
+    rejections: dict[Key, Rejection],
+    are_layers: bool = False,
+) -> Loop | None:
     """The repeat that covers most of the graph and is a loop, replaced in the graph; what was refused is remembered."""
     view = Graph(gm)
     repeats = find_repeats(view.tokens)
@@ -79,7 +100,7 @@ def _first_loop(gm: fx.GraphModule, accept: Accept, min_length: int, name: str, 
         key = (view.nodes[repeat.start].name, repeat.period, may_numbers_change)
         if key in rejections or sum(k[2] == may_numbers_change for k in rejections) >= MAX_REJECTIONS[may_numbers_change]:
             continue
-        if any(n.meta.get(MOVED) for n in view.nodes[repeat.start : repeat.start + repeat.period]):
+        if not are_layers and any(n.meta.get(MOVED) for n in view.nodes[repeat.start : repeat.start + repeat.period]):
             continue
         if all(is_getitem(n) for n in view.nodes[repeat.start : repeat.start + repeat.period]):
             rejections[key] = Rejection(ONLY_READS, location=user_location(view.nodes[repeat.start]), ops=repeat.covered)
@@ -89,7 +110,7 @@ def _first_loop(gm: fx.GraphModule, accept: Accept, min_length: int, name: str, 
         except Reject as r:
             rejections[key] = replace(r.rejection, ops=repeat.covered)
             continue
-        reason = _why_empty(plan.loop) or accept(plan.loop)
+        reason = _why_empty(plan.loop) or (_why_no_layers(plan) if are_layers else None) or accept(plan.loop)
         if reason is not None:
             rejections[key] = replace(reason, ops=repeat.covered)
             continue
@@ -103,6 +124,14 @@ def _why_empty(loop: Loop) -> Rejection | None:
     if any(n.op not in ("placeholder", "get_attr", "output") for n in loop.body.graph.nodes):
         return None
     return Rejection(ONLY_READS, loop.name, loop.location)
+
+
+def _why_no_layers(plan: LoopPlan) -> Rejection | None:
+    if plan.loop.carries:
+        return Rejection("a state is carried through it", plan.loop.name, plan.loop.location)
+    if not all(isinstance(source, TimeSlices) for _, source, _ in plan.body.inputs):
+        return Rejection("it reads values that would have to be copied together", plan.loop.name, plan.loop.location)
+    return None
 
 
 def _window(view: Graph, repeat: Repeat, run: Run, min_length: int) -> Window:

@@ -32,7 +32,7 @@ from snn_compile.lowering.lower_loops import lower_loop, make_recurrence, make_s
 from snn_compile.lowering.max_pool import max_pool2d
 from snn_compile.lowering.register_stepped import register_stepped
 from snn_compile.lowering.registration import is_kernel, register, saved_operands
-from snn_compile.passes.batch_time import batch_time
+from snn_compile.passes.batch_time import batch_time, why_no_layers
 from snn_compile.passes.carry_statistics import (
     carry_statistics,
     separate_saved_statistics,
@@ -155,7 +155,8 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     counters["snn_compile"]["layers_moved"] += move_own_layers(work)
     dump(work, "1_functionalize")
     loops, rejections = roll_scans(work, lambda loop: why_not(loop, config), config.min_steps)
-    rerolled, refused = reroll(work, lambda loop: why_not(loop, config), config.min_steps)
+    layers = (lambda loop: why_no_layers(loop, classify(loop, is_pointwise_op))) if config.batch_time else None
+    rerolled, refused = reroll(work, lambda loop: why_not(loop, config), config.min_steps, layers)
     loops += rerolled
     drop_idle_detaches(work.graph)
     report.loops, report.rejections = loops, report.rejections + rejections + refused

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tests.zoo import ATan, Sigmoid
+from tests.zoo import ATan, FilledIn, Sigmoid
 
 
 class Rectangle(torch.autograd.Function):
@@ -51,6 +51,37 @@ class STBP(nn.Module):
             m2, s2 = mem_update(self.fc2, s1, m2, s2)
             sumspike = sumspike + s2
         return sumspike / self.steps
+
+
+class TimedLayer(nn.Module):
+    """A layer step by step into a tensor with time last, then a batch norm over all of it."""
+
+    def __init__(self, layer: nn.Module, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.layer, self.norm = layer, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = x.shape[-1]
+        out = torch.zeros((*self.layer(x[..., 0]).shape, steps))
+        for t in range(steps):
+            out[..., t] = self.layer(x[..., t])
+        return out if self.norm is None else self.norm(out)
+
+
+class TimedSpikes(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        u, out = torch.zeros(x.shape[:-1]), torch.zeros(x.shape)
+        for t in range(x.shape[-1]):
+            u = 0.2 * u * (1 - out[..., max(t - 1, 0)]) + x[..., t]
+            out[..., t] = spike(u)
+        return out
+
+
+def threshold_dependent() -> nn.Module:
+    """Zheng et al. 2021 (STBP-tdBN): layer after layer, each with a loop over time of its own."""
+    first = TimedLayer(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm3d(4)), TimedSpikes(), TimedLayer(nn.AvgPool2d(2))
+    second = TimedLayer(nn.Flatten(1)), TimedLayer(nn.Linear(64, 10)), TimedSpikes()
+    return nn.Sequential(*first, *second)
 
 
 class TET(nn.Module):
@@ -142,7 +173,7 @@ class SpyTorch(nn.Module):
         syn, mem = torch.zeros(x.shape[0], 16), torch.zeros(x.shape[0], 16)
         spk_rec = []
         for t in range(x.shape[1]):
-            out = Sigmoid.apply(mem - 1.0, 4.0)
+            out = FilledIn.apply(mem - 1.0)
             rst = out.detach()
             new_syn = self.alpha * syn + h1[:, t]
             mem = (self.beta * mem + syn) * (1.0 - rst)
@@ -251,10 +282,13 @@ class Paper:
     recurrences: int
     #: the layers around the neurons run in another shape or library, so that spikes may differ in the last place of a current
     exact: bool = True
+    #: ops that must run once over all steps
+    batched: int = 0
 
 
 PAPERS = {
     "STBP": Paper(STBP, (5, 20), 2),
+    "STBP-tdBN": Paper(threshold_dependent, (5, 2, 8, 8, 6), 2, exact=False, batched=4),
     "TET": Paper(TET, (5, 6, 20), 1),
     "MS-ResNet": Paper(MSResNetBlock, (6, 2, 4, 8, 8), 1, exact=False),
     "sparch LIF": Paper(lambda: RadLIF(adaptive=False, recurrent=False), (5, 9, 20), 1, exact=False),
@@ -263,6 +297,6 @@ PAPERS = {
     "sparch RadLIF": Paper(RadLIF, (5, 9, 20), 1, exact=False),
     "SpyTorch": Paper(SpyTorch, (5, 9, 20), 2),
     "SEW block": Paper(SEWBlock, (6, 2, 4, 8, 8), 2, exact=False),
-    "BNTT": Paper(BNTT, (5, 2, 8, 8), 3, exact=False),
+    "BNTT": Paper(BNTT, (5, 2, 8, 8), 3, exact=False, batched=3),
     "spiking self-attention": Paper(SpikingSelfAttention, (4, 2, 5, 12), 5, exact=False),
 }

@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
 import snn_compile
@@ -59,7 +60,9 @@ def test_paper(name, request):
     if name in OP_BY_OP:
         request.getfixturevalue("op_by_op")
     paper = PAPERS[name]
+    counters["snn_compile"].clear()
     check(paper.make(), torch.rand(paper.shape) * 2, paper.exact)
+    assert counters["snn_compile"]["ops_time_batched"] >= paper.batched
     torch._dynamo.reset()
     found = snn_compile.explain(paper.make(), **OPTIONS)(torch.rand(paper.shape))
     assert len(found.recurrences) + len(found.stepped) >= paper.recurrences, str(found)

@@ -43,6 +43,12 @@ LAYERS = {
     "linear": (lambda a, w, b: F.linear(a, w, b), x(), torch.randn(4, 5), torch.randn(4)),
     "conv2d": (lambda a, w: F.conv2d(a, w, padding=1), x(6, 2, 3, 8, 8), torch.randn(4, 3, 3, 3)),
     "pool": (lambda a: F.avg_pool2d(F.max_pool2d(a, 2), 2).flatten(1), x(6, 2, 3, 8, 8)),
+    "pool, 1-d": (lambda a, w: F.avg_pool1d(torch.conv_transpose1d(a, w), 2), x(6, 2, 3, 8), torch.randn(3, 4, 2)),
+    "pool, 3-d": (
+        lambda a, w: F.max_pool3d(F.avg_pool3d(torch.conv_transpose3d(a, w), 2), 2),
+        x(6, 2, 3, 8, 8, 8),
+        torch.randn(3, 2, 1, 1, 1),
+    ),
     "view that changes nothing": (lambda a, w: F.linear(a.view(a.shape[0], -1), w), x(), torch.randn(4, 5)),
     "expand that changes nothing": (lambda a, w: F.linear(a.expand(2, 5), w), x(6, 2, 5), torch.randn(4, 5)),
     "reshape behind the batch": (lambda a, w: F.linear(a.reshape(2, -1), w), x(6, 2, 3, 4), torch.randn(5, 12)),

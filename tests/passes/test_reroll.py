@@ -1,7 +1,11 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
-from tests.passes.capture import Spike, capture, reroll_all, rerolled, x
+from snn_compile.errors import Rejection
+from snn_compile.passes.batch_time import why_no_layers
+from snn_compile.passes.reroll import reroll
+from tests.passes.capture import Spike, capture, infos, reroll_all, rerolled, x
 
 
 def leaky(a):
@@ -184,10 +188,8 @@ def test_too_few_steps():
 
 
 def test_a_refused_loop_leaves_the_graph_alone():
-    from snn_compile.errors import Rejection
     from snn_compile.passes.functionalize import functionalize
     from snn_compile.passes.hoist_creations import hoist_creations
-    from snn_compile.passes.reroll import reroll
 
     captured = capture(leaky, x())
     functionalize(captured.gm)
@@ -196,3 +198,32 @@ def test_a_refused_loop_leaves_the_graph_alone():
     loops, rejections = captured.check(lambda gm: reroll(gm, lambda loop: Rejection("not today")))
     assert not loops and any(r.reason == "not today" for r in rejections)
     assert str(captured.gm.graph) == before
+
+
+def layer_by_layer(a, w):
+    """A loop of a layer behind that of a neuron, one of another layer behind it, and what is no layer of all steps."""
+    v, out = torch.zeros_like(a[0]), []
+    for t in range(a.shape[0]):
+        v = 0.5 * v + a[t]
+        out.append(v)
+    normed = [F.layer_norm(o, (4,)) for o in out]
+    read = [F.linear(p, w) for p in normed]
+    separate = [F.linear(p, w) for p in (a[1].sin(), a[2].cos(), a[3].exp())]
+    dropped = [F.dropout(F.linear(p, w), 1e-30) for p in normed]
+    return torch.stack(read), separate, dropped
+
+
+@pytest.mark.parametrize("accepts_layers", [True, False])
+def test_layers_of_all_steps(accepts_layers):
+    captured = capture(layer_by_layer, x(6, 3, 4), torch.randn(5, 4))
+
+    def layers(loop):
+        return why_no_layers(loop, infos(loop))
+
+    def neurons(loop):
+        return None if loop.carries else Rejection("no neuron")
+
+    loops, _ = captured.check(lambda gm: reroll(gm, neurons, 2, layers if accepts_layers else None))
+    held = sorted(str(getattr(n.target, "__name__", n.target)) for loop in loops if not loop.carries for n in infos(loop))
+    assert held == (["layer_norm", "linear"] if accepts_layers else [])
+    assert sum(n.target is F.linear for n in captured.gm.graph.nodes) == (9 if accepts_layers else 15)
