@@ -20,8 +20,9 @@ from snn_compile.passes.convolutions_at_one_position import is_at_one_position
 from snn_compile.passes.distribute import Group, find_groups
 from snn_compile.passes.hoist import find_invariant
 
-#: Fewer ops than this, in all steps of a loop, are no neuron: a sum of two losses, two residuals.
-FEWEST_OPS = 4
+#: Fewer ops than this, in all steps of a loop, are no neuron: a sum of two losses, two residuals, ``w + a*s`` twice in a step
+#: of a loop that is none.
+FEWEST_OPS = 6
 
 #: Pointwise ops without PyTorch's tag for them (in torch 2.13, all but the first two have it).
 UNTAGGED = ("hardswish.default", "masked_fill.Tensor", "leaky_relu.default", "elu.default", "gelu.default")

@@ -35,6 +35,8 @@ from snn_compile.passes.emit import attribute, emit, emit_function, replace_by_r
 from snn_compile.passes.views import RESIZING
 from snn_compile.passes.vmap_time import vmap_time
 
+NO_SERIES = "it reads no time series"
+
 #: Says whether the node treats dim 0 of its first operand (`BATCHED`: its first operands) as a batch; the other operands are
 #: constants of the loop.
 Rule = Callable[[fx.Node], bool]
@@ -155,7 +157,7 @@ def _check(loop: Loop, infos: dict[fx.Node, OpInfo]) -> None:
     if any(p.users for p in loop.placeholders()[: len(loop.carries)]):
         raise Reject("a state is carried through it", location=loop.location)
     if not loop.xs:
-        raise Reject("it reads no time series", location=loop.location)
+        raise Reject(NO_SERIES, location=loop.location)
 
 
 def _output(graph: fx.Graph, series: fx.Node, dim: int, reverse: bool) -> fx.Node:

@@ -28,6 +28,8 @@ from snn_compile.passes.loop_window import Window
 from snn_compile.passes.number_series import is_computed_wider, is_rounded_by, number_series
 from snn_compile.passes.relate_iterations import Column
 
+OWN_WEIGHTS = "has weights of its own every time: layers, one after another, rather than steps"
+
 
 @dataclass
 class Carry:
@@ -300,7 +302,7 @@ class LoopBody:
 def _not_one_series(node: fx.Node, slot: int, column: list[object]) -> Reject:
     what = f"'{user_line(node) or node.name}'"
     if all(isinstance(c, fx.Node) and isinstance(example(c), torch.nn.Parameter) for c in column):
-        reason = f"{what} has weights of its own every time: layers, one after another, rather than steps"
+        reason = f"{what} {OWN_WEIGHTS}"
     else:
         reason = f"operand {slot} of {what} is another tensor in every step"
     return Reject(reason, node=node, location=user_location(node))

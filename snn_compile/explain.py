@@ -28,6 +28,8 @@ from snn_compile.ir.symbolic import is_affine
 from snn_compile.ir.threshold import describe_thresholds
 from snn_compile.ir.values import user_location
 from snn_compile.lowering.dump import texts_for_logs
+from snn_compile.passes.batch_time import NO_SERIES
+from snn_compile.passes.loop_body import OWN_WEIGHTS
 from snn_compile.passes.reroll import ONLY_READS
 from snn_compile.pipeline import Report
 
@@ -123,8 +125,11 @@ class Explanation:
         step = max(len(loop.body.graph.nodes) for loop in self.loops)
         if 0 < rejection.ops <= step:  # layers that look alike, inside of one step
             return True
+        every = max(loop.length * len(loop.body.graph.nodes) for loop in self.loops)
+        if OWN_WEIGHTS in rejection.reason and rejection.ops >= 2 * every:  # layers that look alike, with their time loops
+            return True
         searching = look_alike or "nothing is carried" in rejection.reason
-        return bool(searching) or not rejection.location or "an index" in rejection.reason
+        return bool(searching) or not rejection.location or any(r in rejection.reason for r in ("an index", NO_SERIES))
 
     def _text(self, rejections: list[Rejection]) -> str:
         parts = [self._headline(rejections)]

@@ -76,6 +76,7 @@ def test_two_states() -> None:
         ("accumulated", lambda u: 4 * torch.sigmoid(4 * u) * (1 - torch.sigmoid(4 * u))),
         ("izhikevich", lambda u: 4 * torch.sigmoid(4 * u) * (1 - torch.sigmoid(4 * u))),
         ("lif_soft_reset_detached_with_state", lambda u: 1 / (1 + (torch.pi * u) ** 2)),
+        ("filled_in", lambda u: 1 / (10 * u.abs() + 1) ** 2),
         ("straight_through", lambda u: (1 - u.abs()).clamp(min=0) - torch.where(u.abs() <= 1, u * u.sign(), 0)),
     ],
 )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from snn_compile.ir.fire import op_name, results, spike_of_state
+from snn_compile.ir.fire import is_constant, op_name, results, spike_of_state
 from snn_compile.ir.infix import Infix
 from snn_compile.ir.names import Names, is_generic, nice_name
 from snn_compile.ir.recurrence import Carry, Recurrence
@@ -111,7 +111,7 @@ class _Writer:
         size: dict[fx.Node, int] = {}
         for node in self.ops:
             size[node] = 1 + sum(size[i] for i in node.all_input_nodes if i not in self.names and i in size)
-            if node in self.names or node.meta["val"].dtype is torch.bool or not node.all_input_nodes:
+            if node in self.names or node.meta["val"].dtype is torch.bool or is_constant(node):
                 continue
             own = nice_name(node.meta.get("user_name") or "")
             shared = len(node.users) > 1

@@ -12,6 +12,15 @@ from torch import fx
 from snn_compile.ir.recurrence import Recurrence
 
 COMPARISONS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "eq": "==", "ne": "!="}
+#: Makers of a constant: the number, or which operand it is.
+CONSTANTS: dict[str, int | tuple[int]] = {
+    **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), 0),
+    **dict.fromkeys(("ones", "ones_like", "new_ones"), 1),
+    "scalar_tensor": (0,),
+    "full": (1,),
+    "full_like": (1,),
+    "new_full": (2,),
+}
 
 
 @dataclass(frozen=True)
@@ -51,9 +60,16 @@ def find_fires(gm: fx.GraphModule) -> list[Fire]:
     return fires
 
 
+def is_constant(node: fx.Node) -> bool:
+    """One number in all lanes."""
+    return op_name(node) in CONSTANTS
+
+
 def _chooses_numbers(node: fx.Node) -> bool:
     """``where(condition, 1, 0)``"""
-    return op_name(node) == "where" and all(not isinstance(a, fx.Node) or not a.all_input_nodes for a in node.args[1:])
+    return op_name(node) == "where" and all(
+        not isinstance(a, fx.Node) or is_constant(a) or not a.all_input_nodes for a in node.args[1:]
+    )
 
 
 def _fire(spike: fx.Node, compared: fx.Node, left: Any, right: object) -> Fire:
@@ -66,11 +82,11 @@ def _fire(spike: fx.Node, compared: fx.Node, left: Any, right: object) -> Fire:
 
 
 def reached(nodes: Iterable[fx.Node], stop: Callable[[fx.Node], bool] = lambda n: False) -> set[fx.Node]:
-    """All nodes that depend on `nodes`, which are included."""
+    """All nodes that depend on the values of `nodes`, which are included."""
     found, frontier = set(nodes), list(nodes)
     while frontier:
         for user in frontier.pop().users:
-            if user not in found and not stop(user):
+            if user not in found and not is_constant(user) and not stop(user):
                 found.add(user)
                 frontier.append(user)
     return found

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from snn_compile.ir.fire import COMPARISONS, op_name
+from snn_compile.ir.fire import COMPARISONS, CONSTANTS, is_constant, op_name
 
 SUM, PRODUCT, SIGN, POWER, ATOM = range(1, 6)
 _INFIX = {"add": ("+", SUM), "sub": ("-", SUM), "mul": ("*", PRODUCT), "div": ("/", PRODUCT)}
@@ -111,11 +111,9 @@ class Infix:
         return self._render(source)
 
     def _call(self, node: fx.Node, name: str, args: list[Any]) -> tuple[str, int]:
-        constants = {"zeros_like": 0, "ones_like": 1, "zeros": 0, "ones": 1, "new_zeros": 0, "new_ones": 1}
-        if name in constants:
-            return number(constants[name]), ATOM
-        if name in ("full_like", "full", "scalar_tensor", "new_full"):
-            return self._render(args[{"scalar_tensor": 0, "new_full": 2}.get(name, 1)])
+        if is_constant(node):
+            value = CONSTANTS[name]
+            return self._render(args[value[0]] if isinstance(value, tuple) else value)
         given = {k: v for k, v in node.kwargs.items() if isinstance(v, (int, float, fx.Node))}
         keywords = [f"{k}={self.text(v)}" for k, v in given.items()]
         operands = [self.text(a) for a in args if a is not None]
