@@ -40,11 +40,22 @@ def for_operands(call: fx.Node, location: str) -> Target:
     target = _target(device.type)
     if target is None:
         raise Reject(f"there are no kernels for device type '{device.type}'", location=location)
-    missing = target.missing()
+    missing = _is_kept() or target.missing()
     if missing is not None:
         _warn_once(missing)
         raise Reject(missing, location=location)
     return target
+
+
+def _is_kept() -> str | None:
+    """Ops are defined where a graph is compiled: code that is loaded and not compiled would look for them in vain.
+
+    The first is what `aot_compile` sets (private; tested on 2.11 to 2.15).
+    """
+    is_saved = getattr(torch._functorch.config, "strict_autograd_cache", False)
+    if is_saved or getattr(torch._dynamo.config, "caching_precompile", False):
+        return "the compiled code is kept for other processes (aot_compile, caching_precompile), which lack this one's kernels"
+    return None
 
 
 @functools.cache

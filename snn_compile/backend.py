@@ -75,6 +75,8 @@ def _rewrite(gm: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, Report
             raise
         log.exception("internal failure: this graph goes to Inductor as it is. Please report it with the graph, %s", _kept(gm))
         return gm, None
+    for made in report.lowered:
+        log.info("compiled: %s at %s, %s steps, %s", made.name, made.location, made.meta["steps"], made.meta["target"])
     for rejection in report.rejections:
         log.info("left alone: %s", rejection)
     trace_structured(

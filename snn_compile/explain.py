@@ -97,6 +97,8 @@ class Explanation:
     kernels: list[tuple[str, str, str]] = field(default_factory=list)
     graph_breaks: list[GraphBreak] = field(default_factory=list)
     graphs: int = 0
+    #: graphs that were handed to Inductor as they are because a pass of ours failed
+    failures: int = 0
 
     def __str__(self) -> str:
         return self._text(self.important())
@@ -152,6 +154,8 @@ class Explanation:
         found = len(self.recurrences) + len(self.stepped)
         if found:
             return f"snn_compile: {_count(found, 'recurrence')} compiled, from {_count(len(self.loops), 'time loop')}"
+        if self.failures:
+            return "snn_compile: an internal failure (see the log, and please report it); the graph went to Inductor as it is"
         advice = "see below"
         if not rejections and not self.graph_breaks:
             advice = "the function must hold the loop over time itself, with a state that passes from step to step, in plain\n"
@@ -307,7 +311,7 @@ def explain(fn: Callable[..., object], **options: object) -> Callable[..., Expla
         target = _original(fn)
         reports: list[Report] = []
         reasons: list[object] = []
-        before = _break_counts()
+        before, failed = _break_counts(), counters["snn_compile"]["pass_failures"]
 
         def collect(gm: fx.GraphModule, example_inputs: object) -> Callable[..., object]:
             reasons.append(getattr(gm, "compile_subgraph_reason", None))
@@ -320,7 +324,9 @@ def explain(fn: Callable[..., object], **options: object) -> Callable[..., Expla
         finally:
             # by identity: two explanations may run at once
             backend.listeners[:] = [f for f in backend.listeners if getattr(f, "__self__", None) is not reports]
-        return _explanation(reports, _graph_breaks(reasons, before))
+        made = _explanation(reports, _graph_breaks(reasons, before))
+        made.failures = counters["snn_compile"]["pass_failures"] - failed
+        return made
 
     return run
 

@@ -113,6 +113,10 @@ class Report:
     convolutions_replaced: int = 0
     changed: bool = False
 
+    @property
+    def lowered(self) -> list[Recurrence | SteppedRecurrence]:
+        return [*self.recurrences, *self.stepped]
+
 
 def run_pipeline(gm: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, Report]:
     """Rewrite `gm` in place; where nothing was lowered, or a pass fails, it is as it was."""

@@ -70,6 +70,7 @@ def test_an_internal_failure_leaves_the_graph_to_inductor_and_to_the_report(monk
     (graph,) = tmp_path.glob("snn_compile_graph_*.txt")
     assert str(graph) in caplog.text and "a pass is wrong" in caplog.text
     assert "torch.stack" in graph.read_text()
+    assert str(snn_compile.explain(lif)(x)).startswith("snn_compile: an internal failure")
     with pytest.raises(Exception, match="a pass is wrong"):
         torch.compile(lambda x: lif(x), backend=snn, options={"strict": True})(x)
 
@@ -134,6 +135,14 @@ def test_complex_is_refused_and_runs_through_inductor():
     torch.testing.assert_close(got, resonate(x))
     torch._dynamo.reset()
     assert "complex64" in str(snn_compile.explain(resonate)(x))
+
+
+def test_code_for_another_process_holds_no_op_of_this_one():
+    """`aot_compile` saves it so; where it is loaded, nobody compiles, and nobody would define the op."""
+    x = torch.randn(5, 4)
+    with torch._functorch.config.patch(strict_autograd_cache=True), pytest.warns(UserWarning, match="kept for other processes"):
+        assert same(torch.compile(lif, backend=snn)(x), lif(x))
+    assert not counters["snn_compile"]["recurrences_lowered"]
 
 
 def test_states_of_shapes_that_do_not_fit_fail_as_in_eager():

@@ -343,10 +343,11 @@ def test_silent_by_default(capfd) -> None:
     assert capfd.readouterr() == ("", "")
 
 
-def test_refusals_are_logged(caplog) -> None:
+def test_what_is_compiled_and_refused_is_logged(caplog) -> None:
     with caplog.at_level(logging.INFO, "snn_compile"):
         torch.compile(lambda x: numbers_that_change(x), backend=backend.snn)(torch.randn(6, 3))
-    assert "left alone" in caplog.text
+        torch.compile(lambda x: zoo.lif(x), backend=backend.snn)(torch.randn(5, 3))
+    assert "left alone" in caplog.text and "zoo.py" in caplog.text and "5 steps, cpp" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------ the loop that is outside
