@@ -20,9 +20,8 @@ from snn_compile.passes.convolutions_at_one_position import is_at_one_position
 from snn_compile.passes.distribute import Group, find_groups
 from snn_compile.passes.hoist import find_invariant
 
-#: Fewer ops than this, in all steps of a loop, are no neuron: a sum of two losses, two residuals, ``w + a*s`` twice in a step
-#: of a loop that is none.
-FEWEST_OPS = 6
+#: Fewer ops than this behind the first step are no neuron: a sum of two losses, two residuals, ``w + a*s`` twice in a step.
+FEWEST_OPS = 3
 
 #: Pointwise ops without PyTorch's tag for them (in torch 2.13, all but the first two have it).
 UNTAGGED = ("hardswish.default", "masked_fill.Tensor", "leaky_relu.default", "elu.default", "gelu.default")
@@ -39,9 +38,9 @@ def why_not(loop: Loop, config: Config) -> Rejection | None:
     infos = classify(loop, is_pointwise_op)
     groups = find_groups(loop, infos, ignore=find_invariant(loop, infos))
     kernels = [g for g in groups if g.is_kernel and not _counts(g)]
-    count = loop.length * sum(len(g.nodes) for g in kernels)
-    if kernels and count < FEWEST_OPS:
-        reason = f"{loop.length} steps of {count // loop.length} ops: Inductor fuses them as they are"
+    count = sum(len(g.nodes) for g in kernels)
+    if kernels and (loop.length - 1) * count < FEWEST_OPS:
+        reason = f"{loop.length} steps of {count} ops: Inductor fuses them as they are"
         return Rejection(reason, loop.name, loop.location)
     if kernels:
         return _why_growing(loop, groups)

@@ -162,7 +162,10 @@ def _check(loop: Loop, infos: dict[fx.Node, OpInfo]) -> None:
 
 def _output(graph: fx.Graph, series: fx.Node, dim: int, reverse: bool) -> fx.Node:
     series = emit(graph, "call_method", "flip", (series, 0), {}) if reverse else series
-    return emit(graph, "call_method", "movedim", (series, 0, dim), {}) if dim else series
+    if not dim:
+        return series
+    # (as `stack` lays it out: a `view` may follow)
+    return emit(graph, "call_method", "contiguous", (emit(graph, "call_method", "movedim", (series, 0, dim), {}),), {})
 
 
 # --------------------------------------------------------------------------------------------- time as a part of the batch

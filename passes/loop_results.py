@@ -37,7 +37,8 @@ def rewire_output(graph: fx.Graph, window: Window, residue: int, y: LoopOutput, 
         users.update(dict.fromkeys(by_step))
     for user in list(users):
         stacked = stack_of(user)
-        if stacked is not None and _replace_stack(graph, window, user, *stacked, steps, y, ys):
+        is_own = stacked is not None and window.view.is_written(user)  # (memory that only the stack has)
+        if stacked is not None and not is_own and _replace_stack(graph, window, user, *stacked, steps, y, ys):
             continue
         for node, t in steps.items():
             if user in node.users:

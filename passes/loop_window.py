@@ -85,6 +85,11 @@ class Window:
                 uses.setdefault(residue, {})[t] = outside
         return uses
 
+    def is_written_later(self, residue: int) -> bool:
+        """Whether what some iteration gives is written into outside of the window."""
+        own = range(self.start, self.stop)
+        return any(self.view.is_written(self.node(residue, t), own) for t in range(self.count) if self.exists(residue, t))
+
     @functools.cached_property
     def growing(self) -> set[int]:
         """Residues of values that have another shape in iteration 0, because a state starts smaller than it goes on."""

@@ -71,6 +71,13 @@ class LoopPlan:
                 node=self.window.node(residue, 0),
                 hint="start the states in the shape that they have later",
             )
+        if residue not in self.body.stores and self.window.is_written_later(residue):  # (all steps will share memory)
+            raise Reject(
+                "a value of a step is written into after the loop",
+                node=self.window.node(residue, 0),
+                location=user_location(self.window.node(residue, 0)),
+                hint="write into a copy of it: y[t].clone()",
+            )
         self.output_of[residue] = len(self.outputs)
         name = value_name(self.window.node(residue, self.window.template))
         self.outputs.append(LoopOutput(name, value, dim, reverse))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
-from snn_compile.ir.values import is_getitem
+from snn_compile.ir.values import is_getitem, storage_key
+from snn_compile.passes.effects import written
 from snn_compile.passes.find_repeats import Repeat
 from snn_compile.passes.functionalize import store
 from snn_compile.passes.number_series import takes_number
@@ -110,6 +112,20 @@ class Graph:
         self.slots = [read_slots(n, self.attributes) for n in self.nodes]
         ids: dict[object, int] = {}
         self.tokens = [ids.setdefault(s.frame, len(ids)) for s in self.slots]
+
+    @functools.cached_property
+    def _writes(self) -> dict[int | None, list[int]]:
+        """Memory -> where it is written into."""
+        places: dict[int | None, list[int]] = {}
+        for place, node in enumerate(self.nodes):
+            for operand in written(node):
+                places.setdefault(storage_key(operand), []).append(place)
+        return places
+
+    def is_written(self, node: fx.Node, but_in: range = range(0)) -> bool:
+        """Whether something writes into the node's memory, under whatever name, `but_in` these places."""
+        key = storage_key(node)
+        return key is not None and any(place not in but_in for place in self._writes.get(key, ()))
 
     # -------------------------------------------------------------------------------------------------- relations
 

@@ -69,6 +69,13 @@ def test_layer_runs_once(name):
     assert all(loop.is_kernel for _, loop in captured.loops())
 
 
+def test_layers_stacked_along_the_last_dim_are_laid_out_as_eager_does():
+    def function(a, w):
+        return torch.stack([F.linear(a[t], w) for t in range(6)], -1).view(3, -1)
+
+    assert not batch_all(capture(function, x(), torch.randn(4, 5)))
+
+
 #: Steps that do something else with their batch, and the op that all of them become.
 BY_VMAP = {
     "einsum": (lambda a, w: torch.einsum("bi,ji->bj", a, w), "bmm", x(), torch.randn(5, 5)),

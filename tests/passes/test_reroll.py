@@ -77,6 +77,27 @@ def read_before_the_loop(a):
     return torch.stack(out)
 
 
+def the_stack_is_written_into(a):
+    """Memory of its own, which values of single steps do not share."""
+    v, out = torch.zeros_like(a[0]), []
+    for t in range(a.shape[0]):
+        v = 0.5 * v + a[t]
+        out.append(v)
+    y = torch.stack(out)
+    y[0].add_(1.0)
+    return y, out[0], out[1]
+
+
+def a_step_is_written_into(a):
+    v, out = torch.zeros_like(a[0]), []
+    for t in range(a.shape[0]):
+        v = 0.5 * v + a[t]
+        out.append(v * 2.0)
+    y = torch.stack(out)
+    out[0][1].add_(1.0)
+    return y, out[0]
+
+
 def used_one_by_one(a):
     v, total = torch.zeros_like(a[0]), 0.0
     for t in range(a.shape[0]):
@@ -111,7 +132,7 @@ def test_loops(function):
     assert lengths == LOOPS[function]
 
 
-@pytest.mark.parametrize("function", [used_one_by_one, every_second_slice], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", [used_one_by_one, every_second_slice, the_stack_is_written_into], ids=lambda f: f.__name__)
 def test_what_is_found_means_the_same(function):
     capture(function, x()).check(reroll_all)
 
@@ -161,6 +182,7 @@ def a_tree_is_no_chain(a):
 
 
 NEAR_MISSES = {
+    a_step_is_written_into: "written into after the loop",
     number_changes: "a Python number changes",
     slices_out_of_order: "",
     one_step_is_another: "",
