@@ -8,6 +8,7 @@ from snn_compile.passes.effects import is_write
 from snn_compile.passes.functionalize import functionalize, store
 from snn_compile.passes.unroll import restore_writes
 from tests.passes.capture import capture, x
+from tests.zoo import FilledIn
 
 
 def set_where(v, a):
@@ -115,21 +116,7 @@ def test_masked_write():
     capture(masked_write, x()).check(functionalize)
 
 
-class Filled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, u):
-        ctx.save_for_backward(u)
-        spikes = torch.zeros_like(u)
-        spikes[u > 0] = 1.0
-        return spikes
-
-    @staticmethod
-    def backward(ctx, grad):
-        (u,) = ctx.saved_tensors
-        return grad / (1.0 + u.abs())
-
-
-class Dirty(Filled):
+class Dirty(FilledIn):
     @staticmethod
     def forward(ctx, u):
         ctx.save_for_backward(u.clone())
@@ -137,7 +124,7 @@ class Dirty(Filled):
         return u * 2.0
 
 
-@pytest.mark.parametrize(("function", "writes_left"), [(Filled, 0), (Dirty, 1)])
+@pytest.mark.parametrize(("function", "writes_left"), [(FilledIn, 0), (Dirty, 1)])
 def test_the_forward_of_a_surrogate(function, writes_left):
     """A tensor of its own is written into by value; its operand is left alone."""
     captured = capture(lambda a: function.apply(a * 1.5) * a, x())
