@@ -145,7 +145,10 @@ class _Steps:
         """All steps of a layer, then those of the next, so that each is a loop: the layers do not reach themselves."""
         ordered = sorted(residues, key=lambda r: (len(self._closure_of(self.reads[r], self.reads)), r))
         layers = [self.instances({r}) for r in ordered]
-        if sum(draws(layer[0]) for layer in layers) > 1:  # (random numbers stay in the order of the steps)
+        changed = {storage_key(w) for layer in layers for n in layer for w in written(n)}
+        touched = [{storage_key(i) for n in layer for i in n.all_input_nodes} & changed for layer in layers]
+        is_shared = sum(map(len, touched)) > len(set().union(*touched))  # (statistics that two layers update)
+        if is_shared or sum(draws(layer[0]) for layer in layers) > 1:  # these stay in the order of the steps
             return self.instances(residues)
         return list(itertools.chain(*layers))
 

@@ -68,7 +68,7 @@ def reroll(
         search = partial(_first_loop, gm, accept_layers, min_length, rejections=refused, are_layers=True)
         while (found := search(name=f"loop_{len(loops)}")) is not None:
             loops.append(found)
-            rejections = {key: r for key, r in rejections.items() if r.location != found.location}
+            rejections = {key: r for key, r in rejections.items() if not r.location or r.location != found.location}
             refused.clear()  # (what read this one's values reads slices now)
     if loops:
         _drop_unused_bodies(gm)

@@ -99,6 +99,18 @@ def test_batch_norm_through_time():
     assert count == 1 and [length for length, _ in loops] == [T]
 
 
+def normed_twice(a, t, own, v):
+    """One batch norm twice a step, in front of a layer of the step's own."""
+    y = F.batch_norm(a[t], own[T], own[T + 1], training=True, momentum=0.5)
+    return F.linear(F.batch_norm(y.exp(), own[T], own[T + 1], training=True, momentum=0.5), own[t])
+
+
+def test_statistics_that_two_layers_update_take_the_order_of_the_steps():
+    captured = capture(neurons(normed_twice), x(), *weights(N, N), torch.zeros(N), torch.ones(N))
+    count, loops = captured.check(rewrite)
+    assert count == 1 and T in [length for length, _ in loops]
+
+
 def test_random_numbers_of_one_part():
     """They are drawn in eager's order; other draws would come between them."""
 
