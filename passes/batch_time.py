@@ -35,6 +35,7 @@ from snn_compile.passes.emit import attribute, emit, emit_function, replace_by_r
 from snn_compile.passes.views import RESIZING
 from snn_compile.passes.vmap_time import vmap_time
 
+CARRIED = "a state is carried through it"
 NO_SERIES = "it reads no time series"
 
 #: Says whether the node treats dim 0 of its first operand (`BATCHED`: its first operands) as a batch; the other operands are
@@ -141,6 +142,8 @@ def batch_time(gm: fx.GraphModule, call: fx.Node, loop: Loop, infos: dict[fx.Nod
 
 def why_no_layers(loop: Loop, infos: dict[fx.Node, OpInfo]) -> Rejection | None:
     """Why a loop is not one of layers with the same weights in all steps, and nothing random among them."""
+    if loop.carries:  # (with the last step's value as its only result, there is nothing to batch)
+        return Rejection(CARRIED, loop.name, loop.location)
     if all(info.pointwise for info in infos.values()):
         return Rejection("it holds no layer", loop.name, loop.location)
     if not all(info.pure for info in infos.values()):
@@ -155,7 +158,7 @@ def why_no_layers(loop: Loop, infos: dict[fx.Node, OpInfo]) -> Rejection | None:
 
 def _check(loop: Loop, infos: dict[fx.Node, OpInfo]) -> None:
     if any(p.users for p in loop.placeholders()[: len(loop.carries)]):
-        raise Reject("a state is carried through it", location=loop.location)
+        raise Reject(CARRIED, location=loop.location)
     if not loop.xs:
         raise Reject(NO_SERIES, location=loop.location)
 

@@ -57,7 +57,7 @@ def reroll(
 ) -> tuple[list[Loop], list[Rejection]]:
     """Replace loops of `gm` by `Loop` submodules; `accept` says why a verified loop should stay unrolled (or None).
 
-    `accept_layers` is asked about what is left: loops over slices of tensors that carry nothing from step to step.
+    `accept_layers` is asked about what is left: loops over slices of tensors.
     """
     loops: list[Loop] = []
     rejections: dict[Key, Rejection] = {}
@@ -110,7 +110,7 @@ def _first_loop(
         except Reject as r:
             rejections[key] = replace(r.rejection, ops=repeat.covered)
             continue
-        reason = _why_empty(plan.loop) or (_why_no_layers(plan) if are_layers else None) or accept(plan.loop)
+        reason = _why_empty(plan.loop) or (_why_copied(plan) if are_layers else None) or accept(plan.loop)
         if reason is not None:
             rejections[key] = replace(reason, ops=repeat.covered)
             continue
@@ -126,12 +126,11 @@ def _why_empty(loop: Loop) -> Rejection | None:
     return Rejection(ONLY_READS, loop.name, loop.location)
 
 
-def _why_no_layers(plan: LoopPlan) -> Rejection | None:
-    if plan.loop.carries:
-        return Rejection("a state is carried through it", plan.loop.name, plan.loop.location)
-    if not all(isinstance(source, TimeSlices) for _, source, _ in plan.body.inputs):
-        return Rejection("it reads values that would have to be copied together", plan.loop.name, plan.loop.location)
-    return None
+def _why_copied(plan: LoopPlan) -> Rejection | None:
+    """Layers gain nothing where their inputs have to be stacked first."""
+    if all(isinstance(source, TimeSlices) for _, source, _ in plan.body.inputs):
+        return None
+    return Rejection("it reads values that would have to be copied together", plan.loop.name, plan.loop.location)
 
 
 def _window(view: Graph, repeat: Repeat, run: Run, min_length: int) -> Window:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,7 +81,7 @@ class GraphBreak:
         """What to change; empty where that depends on the code."""
         if not PREPARED.isdisjoint(Path(self.location).parts) or _FUNCTION_INSTANCE in self.reason:
             return "model = snn_compile.compat.prepare(model), before it is compiled"
-        return next((hint for fragment, hint in BREAK_HINTS if fragment in self.reason), "")
+        return _hint(self.reason, BREAK_HINTS)
 
 
 @dataclass
@@ -280,8 +280,12 @@ def _accumulates(before: fx.Node, after: object) -> bool:
     return isinstance(after, fx.Node) and op_name(after) == "add" and before in after.args and len(before.users) == 1
 
 
+def _hint(reason: str, hints: Sequence[tuple[str, str]]) -> str:
+    return next((hint for fragment, hint in hints if fragment in reason), "")
+
+
 def _refusal(rejection: Rejection) -> str:
-    hint = rejection.hint or next((h for fragment, h in HINTS if fragment in rejection.reason), "")
+    hint = rejection.hint or _hint(rejection.reason, HINTS)
     place = f"{_here(rejection.location)}: " if rejection.location else ""
     reason = re.sub(r"<(?:built-in )?(?:function|method) (\w+)[^>]*>", r"\1", rejection.reason)
     return f"{place}{reason}" + (f"\n    to change: {hint}" if hint else "")
