@@ -23,8 +23,15 @@ from snn_compile.passes.hoist import find_invariant
 #: Fewer ops than this behind the first step are no neuron: a sum of two losses, two residuals, ``w + a*s`` twice in a step.
 FEWEST_OPS = 3
 
-#: Pointwise ops without PyTorch's tag for them (in torch 2.13, all but the first two have it).
-UNTAGGED = ("hardswish.default", "masked_fill.Tensor", "leaky_relu.default", "elu.default", "gelu.default")
+#: Pointwise ops without PyTorch's tag for them (in torch 2.13, leaky_relu, elu and gelu have it).
+UNTAGGED = (
+    "hardswish.default",
+    "leaky_relu.default",
+    "elu.default",
+    "gelu.default",
+    "log_sigmoid_forward.default",
+    "masked_fill.Tensor",
+)
 
 
 def is_pointwise_op(op: torch._ops.OpOverload) -> bool:

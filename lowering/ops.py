@@ -54,6 +54,11 @@ def _unary(name: str, cpp: Expression, triton: Expression, **kw: object) -> Poin
     return PointwiseOp((f"{name}.default",), cpp, triton, **kw)  # type: ignore[arg-type]
 
 
+def _transcendental(name: str, cpp_ulps: float = 1) -> PointwiseOp:
+    helper = f"v{name}"
+    return _unary(name, f"{helper}({{0}})", f"libdevice.{name}({{0}})", cpp_helpers=(helper,), exact=False, cpp_ulps=cpp_ulps)
+
+
 def _shifts(side: str) -> tuple[str, ...]:
     dunder = f"__{side[0]}shift__"
     return (f"bitwise_{side}_shift.Tensor", f"bitwise_{side}_shift.Tensor_Scalar", f"{dunder}.Tensor", f"{dunder}.Scalar")
@@ -79,6 +84,8 @@ ROWS: tuple[PointwiseOp, ...] = (
         gpu.clamp,
     ),
     PointwiseOp(("clamp_max.default", "clamp_max.Tensor"), cpu.clamp_max, gpu.minimum),
+    PointwiseOp(("fmod.Tensor", "fmod.Scalar"), cpu.fmod, gpu.fmod, cpp_helpers=("vfmod",)),
+    PointwiseOp(("copysign.Tensor", "copysign.Scalar"), cpu.copysign, "libdevice.copysign({0}, {1})", FLOAT),
     PointwiseOp(("floor.default",), cpu.rounding("floor"), gpu.rounding("tl.floor")),
     PointwiseOp(("ceil.default",), cpu.rounding("ceil"), gpu.rounding("tl.ceil")),
     PointwiseOp(("trunc.default",), cpu.rounding("trunc"), gpu.rounding("libdevice.trunc")),
@@ -106,6 +113,7 @@ ROWS: tuple[PointwiseOp, ...] = (
         None,
         cpp_helpers=("choose",),
     ),
+    PointwiseOp(("signbit.default",), cpu.signbit, gpu.signbit, COMPARE),
     PointwiseOp(("heaviside.default",), cpu.heaviside, gpu.heaviside),
     # --------------------------------------------------------------------------------------------- transcendental
     # eager's sqrt is MKL's, which is off by one unit now and then; the kernel's is correctly rounded
@@ -113,16 +121,13 @@ ROWS: tuple[PointwiseOp, ...] = (
     _unary("rsqrt", cpu.rsqrt, "libdevice.rsqrt({0})", exact=False, cpp_ulps=1),
     _unary("reciprocal", "1 / {0}", gpu.reciprocal),
     _unary("sigmoid", "sigmoid({0})", gpu.sigmoid, cpp_helpers=("sigmoid",)),
-    _unary("exp", "vexp({0})", "libdevice.exp({0})", cpp_helpers=("vexp",), exact=False, cpp_ulps=1),
-    _unary("expm1", "vexpm1({0})", "libdevice.expm1({0})", cpp_helpers=("vexpm1",), exact=False, cpp_ulps=1),
-    _unary("log", "vlog({0})", "libdevice.log({0})", cpp_helpers=("vlog",), exact=False, cpp_ulps=1),
-    _unary("log1p", "vlog1p({0})", "libdevice.log1p({0})", cpp_helpers=("vlog1p",), exact=False, cpp_ulps=1),
-    _unary("tanh", "vtanh({0})", "libdevice.tanh({0})", cpp_helpers=("vtanh",), exact=False, cpp_ulps=1),
-    _unary("sin", "vsin({0})", "libdevice.sin({0})", cpp_helpers=("vsin",), exact=False, cpp_ulps=1),
-    _unary("cos", "vcos({0})", "libdevice.cos({0})", cpp_helpers=("vcos",), exact=False, cpp_ulps=1),
-    _unary("atan", "vatan({0})", "libdevice.atan({0})", cpp_helpers=("vatan",), exact=False, cpp_ulps=1),
-    _unary("erf", "verf({0})", "libdevice.erf({0})", cpp_helpers=("verf",), exact=False, cpp_ulps=1),
-    _unary("erfc", "verfc({0})", "libdevice.erfc({0})", cpp_helpers=("verfc",), exact=False, cpp_ulps=1),
+    *map(_transcendental, ("exp", "expm1", "exp2", "log", "log1p", "log2", "sin", "cos", "tan", "asin", "acos", "atan")),
+    *map(_transcendental, ("sinh", "cosh", "tanh", "atanh", "erf", "erfc")),
+    _transcendental("log10", cpp_ulps=2),
+    PointwiseOp(("atan2.default",), "vatan2({0}, {1})", "libdevice.atan2({0}, {1})", FLOAT, ("vatan2",), exact=False, cpp_ulps=1),
+    PointwiseOp(
+        ("hypot.default",), "vhypot({0}, {1})", "libdevice.hypot({0}, {1})", cpp_helpers=("vhypot",), exact=False, cpp_ulps=1
+    ),
     PointwiseOp(
         ("pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar"),
         cpu.power,
@@ -183,6 +188,9 @@ def is_supported(node: fx.Node) -> bool:
     dtypes = [a.meta["val"].dtype for a in node.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)]
     if "shift" in name and node.meta["val"].dtype.is_floating_point:  # a product with a power of two; deprecated
         return False
+    if name.startswith("fmod") and not node.meta["val"].dtype.is_floating_point:  # eager raises where an integer divides by 0
+        divisor = node.args[1]
+        return isinstance(divisor, int) and divisor > 0
     return all(d in DTYPES for d in [*dtypes, node.meta["val"].dtype]) and _has_bounds_in_range(node)
 
 

@@ -214,6 +214,11 @@ def core_decompositions() -> dict:  # type: ignore[type-arg]
         aten.fill.Scalar: lambda x, value: torch.full(x.shape, value, dtype=x.dtype, device=x.device),
         aten.lerp.Scalar: _lerp,
         aten.lerp.Tensor: _lerp,
+        aten.remainder.Tensor: _remainder,
+        aten.remainder.Scalar: _remainder,
+        aten.softshrink.default: _softshrink,
+        aten.hardshrink_backward.default: _shrink_backward,
+        aten.softshrink_backward.default: _shrink_backward,
     }
     return {**get_decompositions(_NOT_CORE), **core_aten_decompositions(), **ours}
 
@@ -227,6 +232,7 @@ _NOT_CORE = [
     aten.gelu,
     aten.gelu_backward,
     aten.hardswish_backward,
+    aten.isinf,
 ]
 
 
@@ -239,6 +245,30 @@ def _lerp(start: torch.Tensor, end: torch.Tensor, weight: float | torch.Tensor) 
     is_small = weight.abs() < 0.5
     base, factor = torch.where(is_small, start, end), torch.where(is_small, weight, weight - 1)
     return torch.addcmul(base, factor, end - start).to(dtype)
+
+
+def _remainder(a: torch.Tensor, b: torch.Tensor | float) -> torch.Tensor:
+    """What is left of a division, with the sign of the divisor, as ATen computes it (native/cpu/BinaryOpsKernel.cpp)."""
+    dtype = torch.result_type(a, b)
+    if dtype in (torch.bfloat16, torch.float16):
+        b = b if isinstance(b, torch.Tensor) else torch.full((), b, device=a.device)
+        a, b = a.float(), b.to(dtype).float()
+    rest = torch.fmod(a, b)
+    is_opposite = (rest < 0) != (b < 0)
+    return torch.where((rest != 0) & is_opposite, rest + b, rest).to(dtype)
+
+
+def _softshrink(x: torch.Tensor, lambd: float) -> torch.Tensor:
+    """``x`` moved towards zero by ``lambd``, with one rounding."""
+    dtype = x.dtype
+    if dtype in (torch.bfloat16, torch.float16):
+        x = x.float()
+    return torch.where(x > lambd, x - lambd, torch.where(x < -lambd, x + lambd, x * 0)).to(dtype)
+
+
+def _shrink_backward(gradient: torch.Tensor, x: torch.Tensor, lambd: float) -> torch.Tensor:
+    """The gradient of `hardshrink` and of `softshrink`: none between ``-lambd`` and ``lambd``."""
+    return torch.where((x >= -lambd) & (x <= lambd), torch.zeros_like(gradient), gradient)
 
 
 def _masked_fill(x: torch.Tensor, mask: torch.Tensor, value: float | torch.Tensor) -> torch.Tensor:

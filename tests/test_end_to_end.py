@@ -366,19 +366,72 @@ def ops_that_are_decomposed(x):
     return torch.stack(out)
 
 
+def ops_that_jump(x):
+    phase = soft = cut = torch.zeros_like(x[0])
+    out = []
+    for t in range(x.shape[0]):
+        phase = (phase + x[t]) % 0.7
+        soft = F.softshrink(soft * 0.5 + x[t], 0.3)
+        cut = F.hardshrink(cut * 0.5 + torch.where(torch.isinf(x[t]), 0.0, x[t]), 0.3)
+        out.append(torch.stack((phase, soft, cut)))
+    return torch.stack(out)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_ops_that_are_decomposed_have_eager_s_bits(dtype):
+@pytest.mark.parametrize("function", [ops_that_are_decomposed, ops_that_jump])
+def test_ops_that_are_decomposed_have_eager_s_bits(function, dtype):
     x = torch.randn(6, 4, 64, dtype=torch.float64).to(dtype)
     reference, given = x.clone().requires_grad_(), x.clone().requires_grad_()
     torch._dynamo.reset()
     counters.clear()
-    expected = ops_that_are_decomposed(reference)
-    got = torch.compile(ops_that_are_decomposed, backend=snn, options={"strict": True})(given)
+    expected = function(reference)
+    got = torch.compile(function, backend=snn, options={"strict": True})(given)
     assert torch.equal(got, expected) and counters["snn_compile"]["recurrences_lowered"] > 0
     expected.sum().backward()
     got.sum().backward()
     tolerance = 0.1 if dtype == torch.bfloat16 else 1e-5  # (eager rounds bf16 after every op)
     torch.testing.assert_close(given.grad, reference.grad, rtol=tolerance, atol=tolerance)
+
+
+class Sech2(torch.autograd.Function):
+    """The derivative of tanh, as it is often written."""
+
+    @staticmethod
+    def forward(ctx, u):
+        ctx.save_for_backward(u)
+        return (u >= 0).to(u.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (u,) = ctx.saved_tensors
+        return grad / torch.cosh(2 * u) ** 2
+
+
+def resonator(x):
+    """Its amplitude fires, its phase is kept."""
+    real = imaginary = torch.zeros_like(x[0])
+    spikes, phases = [], []
+    for t in range(x.shape[0]):
+        real, imaginary = 0.8 * real - 0.4 * imaginary + x[t], 0.4 * real + 0.8 * imaginary
+        amplitude = torch.hypot(real, imaginary + 0.1)
+        s = Sech2.apply(amplitude - 1.0)
+        phases.append(torch.atan2(imaginary, real + 2.0) + F.logsigmoid(amplitude))
+        real, imaginary = real * (1 - s), imaginary * (1 - s)
+        spikes.append(s)
+    return torch.stack(spikes), torch.stack(phases)
+
+
+def test_resonators_with_a_hyperbolic_surrogate():
+    reference, given = (torch.linspace(-3, 3, 6 * 4 * 17, dtype=torch.float64).view(6, 4, 17).requires_grad_() for _ in range(2))
+    torch._dynamo.reset()
+    counters.clear()
+    expected = resonator(reference)
+    got = torch.compile(resonator, backend=snn, options={"strict": True})(given)
+    assert torch.equal(got[0], expected[0]) and counters["snn_compile"]["recurrences_lowered"] == 1
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-12, atol=1e-12)
+    sum(r.sum() for r in expected).backward()
+    sum(r.sum() for r in got).backward()
+    torch.testing.assert_close(given.grad, reference.grad, rtol=1e-9, atol=1e-9)
 
 
 def test_under_anomaly_detection():

@@ -17,6 +17,7 @@ from torch import fx
 
 from snn_compile.lowering.cpp.literals import HALVES, HELD, literal
 from snn_compile.lowering.cpp.names import Names, words
+from snn_compile.lowering.cpp.prelude import SLEEF
 from snn_compile.lowering.ops import (
     CONSTANTS,
     TABLE,
@@ -244,4 +245,4 @@ def is_expensive(node: fx.Node) -> bool:
     return overload_name(node.target).split(".")[0] in _EXPENSIVE
 
 
-_EXPENSIVE = words("div sqrt rsqrt reciprocal sigmoid exp expm1 log log1p tanh sin cos atan erf erfc pow")
+_EXPENSIVE = words("div sqrt rsqrt reciprocal sigmoid").union(SLEEF)

@@ -87,6 +87,22 @@ def rsqrt(operands: list[str], node: fx.Node) -> str:
     return f"1 / {_builtin('sqrt', node)}({operands[0]})"
 
 
+def fmod(operands: list[str], node: fx.Node) -> str:
+    return f"vfmod({operands[0]}, {operands[1]})" if _is_float(node) else f"{operands[0]} % {operands[1]}"
+
+
+def copysign(operands: list[str], node: fx.Node) -> str:
+    return f"{_builtin('copysign', node)}({operands[0]}, {operands[1]})"
+
+
+def signbit(operands: list[str], node: fx.Node) -> str:
+    """The sign of the bits: true for -0 and for a negative NaN."""
+    dtype = node.args[0].meta["val"].dtype  # type: ignore[union-attr]
+    if not dtype.is_floating_point:
+        return f"{operands[0]} < 0"
+    return f"__builtin_bit_cast({'int64_t' if dtype == torch.float64 else 'int32_t'}, {operands[0]}) < 0"
+
+
 def where(operands: list[str], node: fx.Node) -> str:
     """Both sides are computed: under a branch the compiler would not vectorise the functions in them."""
     condition, yes, no = operands

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from snn_compile.lowering.cpp.prelude import SLEEF
+
 
 def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
@@ -24,10 +26,8 @@ _KEYWORDS = words("""
 _OURS = words("""
     steps t lane lanes first size block blocks block_lanes rows row first_row end_row block_rows row_blocks
     lane_blocks at end capacity threads thread streaming stream scratch scratch_bytes here visit replays segment
-    segments begin stop number LANES min max exp log sin cos tanh erf erfc pow atan expm1 log1p sigmoid
-    integer_power vexp vexpm1 vlog vlog1p vtanh vsin vcos
-    vatan verf verfc vpow sigmoid_of_one start prefetch next_begin next_first
-""")
+    segments begin stop number LANES min max sigmoid integer_power sigmoid_of_one start prefetch next_begin next_first
+""").union(SLEEF, (f"v{name}" for name in SLEEF))
 
 RESERVED = _KEYWORDS | _OURS
 

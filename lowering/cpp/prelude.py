@@ -76,27 +76,24 @@ static inline float round_fp16(float x) {
 """
 
 
-#: name: (Sleef's name and accuracy, the one at::vec calls where it calls Sleef; number of operands)
-_SLEEF = {
-    "exp": ("u10", 1),
-    "expm1": ("u10", 1),
-    "log": ("u10", 1),
-    "log1p": ("u10", 1),
-    "tanh": ("u10", 1),
-    "sin": ("u35", 1),
-    "cos": ("u35", 1),
-    "atan": ("u10", 1),
-    "erf": ("u10", 1),
-    "erfc": ("u15", 1),
-    "pow": ("u10", 2),
+#: name: (Sleef's accuracy, the one at::vec calls where it calls Sleef; number of operands)
+SLEEF = {
+    **dict.fromkeys(("exp", "expm1", "exp2", "log", "log1p", "log2", "log10", "tan", "asin", "acos", "atan"), ("_u10", 1)),
+    **dict.fromkeys(("sinh", "cosh", "tanh", "atanh", "erf"), ("_u10", 1)),
+    **dict.fromkeys(("sin", "cos"), ("_u35", 1)),
+    "erfc": ("_u15", 1),
+    "pow": ("_u10", 2),
+    "atan2": ("_u10", 2),
+    "hypot": ("_u05", 2),
+    "fmod": ("", 2),
 }
 
 
 def _transcendental(name: str, real: str) -> Helper:
     """A scalar function whose vector variants are Sleef's: the last lanes of a row give the same bits as the others."""
-    accuracy, arity = _SLEEF[name]
+    accuracy, arity = SLEEF[name]
     f, wide = ("f", "f8") if real == "float" else ("", "d4")
-    scalar, vector, lanes = f"Sleef_{name}{f}_{accuracy}", f"Sleef_{name}{wide}_{accuracy}", f"{name}_{real}s"
+    scalar, vector, lanes = f"Sleef_{name}{f}{accuracy}", f"Sleef_{name}{wide}{accuracy}", f"{name}_{real}s"
     types = ", ".join([real] * arity)
     parameters = ", ".join(f"{real} {c}" for c in "xy"[:arity])
     arguments = ", ".join("xy"[:arity])
@@ -220,7 +217,7 @@ static inline {real} choose(bool condition, {real} yes, {real} no) {{  // by bit
     },
     "bf16": Helper(_BF16),
     "fp16": Helper(_FP16),
-    **{f"v{name}.{real}": _transcendental(name, real) for name in _SLEEF for real in ("float", "double")},
+    **{f"v{name}.{real}": _transcendental(name, real) for name in SLEEF for real in ("float", "double")},
     "vexp.float": Helper(_EXP),  # (in place of Sleef's)
     **{f"sigmoid.{real}": _sigmoid(real) for real in ("float", "double")},
     **{

@@ -137,6 +137,18 @@ def rounding(function: str) -> Expression:
     return lambda operands, node: f"{function}({operands[0]})" if _is_float(node) else operands[0]
 
 
+def fmod(operands: list[str], node: fx.Node) -> str:
+    return f"libdevice.fmod({operands[0]}, {operands[1]})" if _is_float(node) else f"{operands[0]} % {operands[1]}"
+
+
+def signbit(operands: list[str], node: fx.Node) -> str:
+    """The sign of the bits: true for -0 and for a negative NaN."""
+    dtype = node.args[0].meta["val"].dtype  # type: ignore[union-attr]
+    if not dtype.is_floating_point:
+        return f"{operands[0]} < 0"
+    return f"{operands[0]}.to({'tl.int64' if dtype == torch.float64 else 'tl.int32'}, bitcast=True) < 0"
+
+
 def truth(operand: str, node: fx.Node, i: int) -> str:
     value = node.args[i]
     is_bool = isinstance(value, fx.Node) and value.meta["val"].dtype == torch.bool

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from snn_compile.lowering.cpp.prelude import SLEEF
+
 
 @contextmanager
 def interpreter() -> Iterator[Callable[..., Any]]:
@@ -65,7 +67,7 @@ def complete_interpreter() -> None:
     InterpreterBuilder.cast_impl = cast_to_nearest
     InterpreterBuilder.create_fma = fma
     np.seterr(all="ignore")
-    names = ("exp", "expm1", "log", "log1p", "tanh", "sin", "cos", "atan", "erf", "erfc", "rsqrt", "trunc", "pow")
+    names = (*SLEEF, "rsqrt", "trunc", "copysign")
     for name, function in [(n, getattr(torch, n)) for n in names] + [("rint", torch.round)]:
         setattr(libdevice, name, _elementwise(function))
 

@@ -40,6 +40,8 @@ FLOAT_CASES: dict[str, list[tuple[Any, ...]]] = {
     "pow.Tensor_Scalar": [("x", e) for e in (0, 1, 2, 3, 0.5, -0.5, -1, -2, 1.7)],
     "pow.Tensor_Tensor": [("x", "y")],
     "pow.Scalar": [(1.7, "x")],
+    "fmod.Scalar": [("x", 0.7)],
+    "copysign.Scalar": [("x", -0.0)],
     "_to_copy.default": [("x", {"dtype": d}) for d in (torch.float64, torch.bfloat16, torch.float16, torch.bool)],
 }
 INTEGER_CASES: dict[str, list[tuple[Any, ...]]] = {
@@ -57,6 +59,8 @@ INTEGER_CASES: dict[str, list[tuple[Any, ...]]] = {
     "neg.default": [("x",)],
     "abs.default": [("x",)],
     "sign.default": [("x",)],
+    "fmod.Scalar": [("x", 3)],
+    "signbit.default": [("x",)],
     "maximum.default": [("x", "y")],
     "clamp.default": [("x", 0, 5)],
     "where.ScalarOther": [("B", "x", 0)],
