@@ -54,6 +54,7 @@ BREAK_HINTS = (
         "Tensor.item()",
         "keep numbers as numbers (`ctx.gamma = gamma`), or set torch._dynamo.config.capture_scalar_outputs = True",
     ),
+    ("aten._local_scalar_dense", "a tensor as index is read back, as in `for t in torch.arange(T)`: loop over range(T)"),
     ("aten.nonzero", "v[mask] = v[mask] - 1 reads as many values as the data says: v = torch.where(mask, v - 1, v)"),
     ("python_type()", "Dynamo reads no attribute of an autograd.Function's class: keep the number outside of the class"),
 )

@@ -192,7 +192,18 @@ def test_breaks_say_what_to_change() -> None:
             out.append(v.clone())
         return torch.stack(out)
 
-    hints = {by_class: "keep the number outside of the class", by_mask: "torch.where(mask, v - 1, v)"}
+    def by_tensor(x):
+        v, out = torch.zeros_like(x[0]), []
+        for t in torch.arange(x.shape[0]):
+            v = v * 0.5 + x[t]
+            out.append(v)
+        return torch.stack(out)
+
+    hints = {
+        by_class: "keep the number outside of the class",
+        by_mask: "torch.where(mask, v - 1, v)",
+        by_tensor: "loop over range(T)",
+    }
     for function, hint in hints.items():
         torch._dynamo.reset()
         found = snn_compile.explain(function)(torch.rand(6, 3).requires_grad_(function is by_class))
