@@ -118,16 +118,16 @@ RULES: dict[object, Rule] = {
 def batch_time(gm: fx.GraphModule, call: fx.Node, loop: Loop, infos: dict[fx.Node, OpInfo]) -> int:
     """Replace `call` by its body over all steps at once; gives the number of ops. Raises `Reject` where that is unsound."""
     _check(loop, infos)
-    graph = gm.graph
+    graph, given = gm.graph, call.args
     with graph.inserting_before(call):
         for i, x in enumerate(loop.xs, len(loop.carries)):
             if x.reverse:
                 call.update_arg(i, emit(graph, "call_method", "flip", (call.args[i], 0), {}))
         try:
-            _check_folds(loop, infos)
-            series = _fold_time(gm, call, loop, infos)
-        except Reject as why:
-            series = _vmap_time(gm, call, loop, infos, why)
+            series = _over_all_steps(gm, call, loop, infos)
+        except Reject:
+            call.args = given  # the loop stays, and reads its series backwards itself
+            raise
         next_carries, values = series[: len(loop.carries)], series[len(loop.carries) :]
         results = [_output(graph, v, y.dim, y.reverse) for v, y in zip(values, loop.ys, strict=True)]
         results += [
@@ -138,6 +138,15 @@ def batch_time(gm: fx.GraphModule, call: fx.Node, loop: Loop, infos: dict[fx.Nod
     replace_by_results(call, results)
     delattr(gm, str(call.target))
     return len(infos)
+
+
+def _over_all_steps(gm: fx.GraphModule, call: fx.Node, loop: Loop, infos: dict[fx.Node, OpInfo]) -> list[fx.Node]:
+    """The body over all steps at once -> time series of its results."""
+    try:
+        _check_folds(loop, infos)
+        return _fold_time(gm, call, loop, infos)
+    except Reject as why:
+        return _vmap_time(gm, call, loop, infos, why)
 
 
 def why_no_layers(loop: Loop, infos: dict[fx.Node, OpInfo]) -> Rejection | None:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from snn_compile.errors import Reject
 from snn_compile.passes.batch_time import batch_time
 from snn_compile.passes.distribute import distribute
+from snn_compile.passes.unroll import unroll
 from snn_compile.passes.vmap_time import vmap_time
 from tests.passes.capture import Captured, capture, infos, reroll_all, x
 
@@ -129,6 +130,23 @@ def test_reversed_time():
     captured = capture(function, x(), torch.randn(4, 5))
     assert not batch_all(captured)
     assert all(loop.is_kernel for _, loop in captured.loops())
+
+
+def test_reversed_time_that_stays_per_step():
+    """The series is not turned twice, once for all steps and once by each."""
+
+    def function(a):
+        v, out = torch.zeros(3, 5), []
+        for t in reversed(range(a.shape[0])):
+            v = 0.5 * v + torch.histc(a[t], 5)
+            out.append(v)
+        return torch.stack(out)
+
+    captured = capture(function, x())
+    assert any("histc" in r for r in batch_all(captured))
+    calls = captured.loops()
+    assert any(series.reverse for _, loop in calls for series in loop.xs if not loop.is_kernel)
+    captured.check(lambda gm: [unroll(gm, call, loop) for call, loop in calls if not loop.is_kernel])
 
 
 @pytest.mark.parametrize("affine", [True, False])
