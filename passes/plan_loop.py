@@ -35,6 +35,8 @@ class LoopPlan:
 
     def _want(self, residue: int, by_step: dict[int, list[fx.Node]]) -> None:
         window, stores, last = self.window, self.body.stores, self.window.last(residue)
+        if not isinstance(example(self.body.values[residue]), torch.Tensor):
+            raise Reject("a value of the loop that is not a tensor is used outside", node=window.node(residue, 0))
         if residue in stores:
             if set(by_step) != {window.count - 1}:
                 raise Reject("a buffer is used before the loop has filled it")
@@ -63,8 +65,7 @@ class LoopPlan:
 
     def _want_output(self, residue: int, dim: int, reverse: bool) -> None:
         value = example(self.body.values[residue])
-        if not isinstance(value, torch.Tensor):
-            raise Reject("a value of the loop that is not a tensor is used outside", node=self.window.node(residue, 0))
+        assert isinstance(value, torch.Tensor)
         if residue in self.window.growing:
             raise Reject(
                 "a value that has another shape in the first step than in all others is used outside the loop",

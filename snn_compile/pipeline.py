@@ -59,6 +59,7 @@ from snn_compile.passes.inline_detached import inline_detached
 from snn_compile.passes.inline_steps import inline_steps
 from snn_compile.passes.merge_views import merge_views
 from snn_compile.passes.move_own_layers import move_own_layers
+from snn_compile.passes.name_results import name_results
 from snn_compile.passes.no_grad_regions import drop_idle_detaches
 from snn_compile.passes.read_steps_in_regions import REGIONS, is_region, read_steps_in_regions
 from snn_compile.passes.reroll import reroll
@@ -154,6 +155,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     merge_views(work.graph)
     index_steps(work)
     functionalize(work)
+    name_results(work.graph)
     index_stores(work)
     hoist_creations(work)
     counters["snn_compile"]["layers_moved"] += move_own_layers(work)

@@ -85,6 +85,21 @@ class FilledIn(torch.autograd.Function):
         return grad.clone() / (10.0 * x.abs() + 1.0) ** 2
 
 
+class FiresAndResets(torch.autograd.Function):
+    """Two results, of which a loop may read the second in some steps only."""
+
+    @staticmethod
+    def forward(ctx, v, threshold):
+        ctx.save_for_backward(v - threshold)
+        spike = (v > threshold).to(v.dtype)
+        return spike, v - spike * threshold
+
+    @staticmethod
+    def backward(ctx, spike_grad, rest_grad):
+        (u,) = ctx.saved_tensors
+        return spike_grad / (1.0 + u * u) + rest_grad, None
+
+
 class LearnableAlpha(torch.autograd.Function):
     """Several saved tensors and a gradient for alpha."""
 
@@ -175,6 +190,20 @@ def filled_in(x):
         v, i = (0.9 * v + i) * (1.0 - s.detach()), 0.8 * i + x[t]
         out.append(s)
     return torch.stack(out)
+
+
+@case((6, 7), (7,))
+def second_result_read_at_both_ends(x, threshold):
+    v = torch.zeros_like(x[0])
+    spikes, ends = [], []
+    for t in range(x.shape[0]):
+        v = 0.9 * v + x[t]
+        s, rest = FiresAndResets.apply(v, threshold)
+        v = v * (1.0 - s)
+        spikes.append(s)
+        if t in (0, x.shape[0] - 1):
+            ends.append(rest)
+    return torch.stack(spikes), torch.stack(ends)
 
 
 @case((6, 7), ())
