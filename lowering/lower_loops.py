@@ -113,13 +113,23 @@ def lower_loop(gm: fx.GraphModule, call: fx.Node, loop: Loop, op: torch._ops.OpO
             result = new if len(results) == 1 else graph.call_function(operator.getitem, (new, index))
             if result is not new:
                 result.meta = dict(user.meta)
-            user.replace_all_uses_with(result)
+            user.replace_all_uses_with(_laid_out(graph, loop, index, result, example(user)))
             graph.erase_node(user)
         if len(results) == 1 and users:
             new.meta["example_value"] = users[0].meta.get("example_value")
     graph.erase_node(call)
     delattr(gm, str(call.target))
     return new
+
+
+def _laid_out(graph: fx.Graph, loop: Loop, index: int, result: fx.Node, like: object) -> fx.Node:
+    """A kernel lays a last state out as its series are; eager, in doubt, as the state before: a `view` may follow."""
+    is_state = index >= len(loop.ys) and isinstance(like, torch.Tensor)
+    if not is_state or not like.is_contiguous() or all(x.example.is_contiguous() for x in loop.xs):  # type: ignore[attr-defined]
+        return result
+    contiguous = graph.call_method("contiguous", (result,))
+    contiguous.meta = {"example_value": like}
+    return contiguous
 
 
 def _check_dtypes(call: fx.Node, loop: Loop) -> None:
@@ -148,12 +158,15 @@ def _is_result_of_a_recurrence(node: fx.Node) -> bool:
 
 
 def _inline_constants(call: fx.Node, loop: Loop) -> None:
-    """Tensors of one number are not read from memory."""
+    """Tensors of one number are not read from memory, where what is read has their shape."""
     placeholders = loop.placeholders()
     first = len(loop.carries) + len(loop.xs)
     operands = dict(zip(placeholders, call.args, strict=True))
     carried = dict.fromkeys(placeholders[: len(loop.carries)])
-    for placeholder in inline_creations(loop.body, {**carried, **{p: operands[p] for p in placeholders[first:]}}):
+    lanes = {shape_key(v) for v in map(example, call.args[: len(loop.carries)]) if isinstance(v, torch.Tensor)}
+    lanes |= {shape_key(x.example) for x in loop.xs}
+    consts = {p: operands[p] for p in placeholders[first:] if shape_key(example(p)) in lanes}  # type: ignore[arg-type]
+    for placeholder in inline_creations(loop.body, {**carried, **consts}):
         at = placeholders.index(placeholder)
         loop.body.graph.erase_node(placeholder)
         del loop.consts[at - first]

@@ -27,11 +27,12 @@ import torch.nn.functional as F
 from torch import fx
 
 from snn_compile.errors import Reject, Rejection
-from snn_compile.ir.loop import Loop
-from snn_compile.ir.values import example, is_getitem, known_int, shape_key
+from snn_compile.ir.loop import Loop, LoopOutput
+from snn_compile.ir.values import example, is_getitem, known_int, shape_key, storage_key
 from snn_compile.passes.batch_norm_over_time import batch_norm_over_time, check_batch_norm
 from snn_compile.passes.classify import AUTOGRAD_FUNCTION, OpInfo
 from snn_compile.passes.emit import attribute, emit, emit_function, replace_by_results
+from snn_compile.passes.loop_results import stacked_example
 from snn_compile.passes.views import RESIZING
 from snn_compile.passes.vmap_time import vmap_time
 
@@ -129,7 +130,7 @@ def batch_time(gm: fx.GraphModule, call: fx.Node, loop: Loop, infos: dict[fx.Nod
             call.args = given  # the loop stays, and reads its series backwards itself
             raise
         next_carries, values = series[: len(loop.carries)], series[len(loop.carries) :]
-        results = [_output(graph, v, y.dim, y.reverse) for v, y in zip(values, loop.ys, strict=True)]
+        results = [_output(call, v, y, loop.length) for v, y in zip(values, loop.ys, strict=True)]
         results += [
             emit(graph, "call_function", operator.getitem, (v, -1), {})
             for v, c in zip(next_carries, loop.carries, strict=True)
@@ -172,12 +173,19 @@ def _check(loop: Loop, infos: dict[fx.Node, OpInfo]) -> None:
         raise Reject(NO_SERIES, location=loop.location)
 
 
-def _output(graph: fx.Graph, series: fx.Node, dim: int, reverse: bool) -> fx.Node:
-    series = emit(graph, "call_method", "flip", (series, 0), {}) if reverse else series
-    if not dim:
-        return series
-    # (as `stack` lays it out: a `view` may follow)
-    return emit(graph, "call_method", "contiguous", (emit(graph, "call_method", "movedim", (series, 0, dim), {}),), {})
+def _output(call: fx.Node, series: fx.Node, y: LoopOutput, length: int) -> fx.Node:
+    """A series as `stack` gives it: in memory of its own, and laid out so that a `view` may follow."""
+    graph = call.graph
+    series = emit(graph, "call_method", "flip", (series, 0), {}) if y.reverse else series
+    if y.dim:
+        return emit(graph, "call_method", "contiguous", (emit(graph, "call_method", "movedim", (series, 0, y.dim), {}),), {})
+    is_contiguous = stacked_example(y, length).is_contiguous()
+    if storage_key(series) in {storage_key(a) for a in call.all_input_nodes}:
+        memory_format = {"memory_format": torch.contiguous_format} if is_contiguous else {}
+        return emit(graph, "call_method", "clone", (series,), memory_format)
+    if is_contiguous and not example(series).is_contiguous():  # type: ignore[union-attr]
+        return emit(graph, "call_method", "contiguous", (series,), {})
+    return series
 
 
 # --------------------------------------------------------------------------------------------- time as a part of the batch

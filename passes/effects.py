@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from snn_compile.ir.values import example
+from snn_compile.ir.values import example, flat_nodes
 
 #: Their names end like those of writes.
 OPERATORS_NAMED_LIKE_WRITES = {operator.and_, operator.or_, operator.not_}
@@ -40,7 +40,7 @@ def is_grad_switch(node: fx.Node) -> bool:
 
 
 def is_write(node: fx.Node) -> bool:
-    """Whether the node writes into its first operand."""
+    """Whether the node writes into its first operand, or into what it is given as ``out=``."""
     if node.op == "call_method":
         name = str(node.target)
         return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
@@ -82,7 +82,7 @@ def sweeping(graph: fx.Graph) -> Iterator[None]:
 def written(node: fx.Node) -> list[fx.Node]:
     """The operands a node writes into."""
     if is_write(node):
-        return [a for a in node.args[:1] if isinstance(a, fx.Node)]
+        return flat_nodes(node.kwargs["out"]) if "out" in node.kwargs else flat_nodes(node.args[:1])
     if isinstance(node.target, torch._ops.OpOverload):
         return _written_by_schema(node, node.target._schema)
     if isinstance(node.target, torch._ops.OpOverloadPacket):

@@ -68,8 +68,13 @@ def evaluate(node: fx.Node) -> object:
     return _run(node.op, node.target, node.args, node.kwargs)
 
 
+def fake_mode_of(operands: object) -> contextlib.AbstractContextManager[object]:
+    """The mode in which to run ops on the examples of nodes."""
+    fakes = [v for v in map(example, flat_nodes(operands)) if isinstance(v, FakeTensor)]
+    return fakes[0].fake_mode if fakes else contextlib.nullcontext()
+
+
 def _run(op: str, target, args, kwargs) -> object:  # type: ignore[no-untyped-def]
-    fakes = [v for v in map(example, flat_nodes((args, kwargs))) if isinstance(v, FakeTensor)]
     (first, *rest), keywords = fx.node.map_arg((args, kwargs), example)
-    with fakes[0].fake_mode if fakes else contextlib.nullcontext():
+    with fake_mode_of((args, kwargs)):
         return getattr(first, target)(*rest, **keywords) if op == "call_method" else target(first, *rest, **keywords)

@@ -6,8 +6,8 @@
     v[spiked] = 0.0                         v_1 = v.masked_fill(spiked, 0.0)
 
 A write is rewritten only where the tensor was made in this graph (it shares no storage with an input), the write goes to
-the tensor itself and not through a view, and no view of it made earlier is read later: then every later use can be given
-the new value and nobody can see the difference. What was written is read back without memory (``out[t-1]`` after
+the tensor itself and not through a view or ``out=``, and no view of it made earlier is read later: then every later use can
+be given the new value and nobody can see the difference. What was written is read back without memory (``out[t-1]`` after
 ``out[t-1] = s`` is ``s``). All other writes stay as they are. The forward of an
 `autograd.Function` is a graph of its own: ``out = zeros_like(u); out[u > 0] = 1`` is rewritten there.
 
@@ -26,7 +26,7 @@ from torch import fx
 from snn_compile.ir.values import example, flat_nodes, is_getitem, known_int, storage_key
 from snn_compile.passes.classify import AUTOGRAD_FUNCTION
 from snn_compile.passes.concatenations import normalize_concatenations
-from snn_compile.passes.effects import INPLACE_OPERATORS, is_write
+from snn_compile.passes.effects import INPLACE_OPERATORS, is_write, written
 from snn_compile.passes.emit import copy_of, emit
 from snn_compile.passes.no_grad_regions import detach_no_grad_regions
 
@@ -163,10 +163,10 @@ def _is_local(nodes: list[fx.Node], order: dict[fx.Node, int]) -> bool:
     writes: list[fx.Node] = []
     same: set[fx.Node] = {n for n in nodes if not _is_view(n)}
     for n in nodes:
-        writes += [u for u in n.users if is_write(u) and u.args and u.args[0] is n]
+        writes += [u for u in n.users if is_write(u) and n in written(u)]
     if not writes:
         return True
-    if any(w.args[0] not in same for w in writes):
+    if any("out" in w.kwargs or w.args[0] not in same for w in writes):
         return False
     for view in (n for n in nodes if n not in same):
         last_use = max((order[u] for u in view.users), default=order[view])

@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import fx
 
 from snn_compile.ir.loop import Loop, LoopConst
-from snn_compile.ir.values import base_name, example
+from snn_compile.ir.values import base_name, example, storage_key
 from snn_compile.passes.classify import OpInfo
 from snn_compile.passes.distribute import find_groups
 
@@ -22,11 +22,13 @@ def find_invariant(loop: Loop, infos: dict[fx.Node, OpInfo]) -> set[fx.Node]:
     """Ops of the body that depend on constants only and are pure."""
     n_varying = len(loop.carries) + len(loop.xs)
     varying = set(loop.placeholders()[:n_varying])
-    written = {w for info in infos.values() for w in info.writes}
+    written = {storage_key(w) for info in infos.values() for w in info.writes} - {None}
     invariant: set[fx.Node] = set()
     for node, info in infos.items():
         inputs = [i for i in node.all_input_nodes if i.op != "get_attr"]
-        if info.pure and not any(i in varying or i in written or (i in infos and i not in invariant) for i in inputs):
+        if not info.pure or any(storage_key(n) in written for n in (node, *inputs)):
+            continue
+        if not any(i in varying or (i in infos and i not in invariant) for i in inputs):
             invariant.add(node)
     return invariant
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from snn_compile.ir.values import example
-from snn_compile.passes.effects import has_effect, is_write
+from snn_compile.ir.values import example, storage_key
+from snn_compile.passes.effects import has_effect, written
 
 LIKE: dict[object, Callable[[fx.Node], Any]] = {
     torch.zeros_like: lambda n: 0,
@@ -85,7 +85,19 @@ def _is_plain(node: fx.Node, value: object) -> bool:
         return False
     if "out" in node.kwargs or node.kwargs.get("requires_grad"):
         return False
-    return not any(u.op == "output" or (is_write(u) and u.args[:1] == (node,)) for u in node.users)
+    return _stays_as_made(node)
+
+
+def _stays_as_made(node: fx.Node) -> bool:
+    """Whether nothing writes into its memory, through views neither, and no result of the graph lies there."""
+    for user in node.users:
+        if user.op == "output" or node in written(user):
+            return False
+        parts = example(user)
+        is_view = storage_key(user) == storage_key(node) or isinstance(parts, (tuple, list))
+        if is_view and not _stays_as_made(user):
+            return False
+    return True
 
 
 def _memory_format(value: torch.Tensor) -> torch.memory_format | None:
@@ -120,6 +132,8 @@ def inline_creations(body: fx.GraphModule, operands: dict[fx.Node, object]) -> l
         number = number_of(operand) if isinstance(operand, fx.Node) and operand.target is torch.full else None
         value = example(placeholder)
         if number is None or like is None or like is placeholder or example(like).shape != value.shape:
+            continue
+        if not _stays_as_made(placeholder):
             continue
         with body.graph.inserting_before(next(n for n in body.graph.nodes if n.op != "placeholder")):
             new = body.graph.call_function(torch.full_like, (like, number), {"dtype": value.dtype})

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from snn_compile.ir.values import example
+from snn_compile.passes.emit import fake_mode_of
 
 
 class Inliner(fx.Interpreter):
@@ -27,7 +28,8 @@ class Inliner(fx.Interpreter):
         """The graph's results, in their structure, as nodes of `gm`, given its inputs as nodes of `gm` (or numbers)."""
         placeholders = [n for n in self.source.nodes if n.op == "placeholder"]
         self.copies = dict(zip(placeholders, inputs, strict=True))
-        self.run(*map(example, inputs))
+        with fake_mode_of(inputs):
+            self.run(*map(example, inputs))
         return fx.node.map_arg(self.source.output_node().args[0], self.copies.__getitem__)
 
     def run_node(self, n: fx.Node) -> object:

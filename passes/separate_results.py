@@ -38,15 +38,21 @@ def separate_results(graph: fx.Graph, before: Sequence[object]) -> int:
     copied = set()
     for (source, _), places in sharing.items():
         if source.op in ("placeholder", "get_attr"):
+            copied |= {i for i in places if _apart(before[i], example(source))}
             continue
         parts = {i for i in places if _is_part(results[i], before[i])}  # type: ignore[arg-type]
         whole = min(places, key=lambda i: (i in parts, i))
         copied |= parts | {i for i in places if i != whole and any(_apart(before[i], before[j]) for j in places if j != i)}
     output = graph.output_node()
     with graph.inserting_before(output):
-        new = [emit(graph, "call_method", "clone", (r,), {}) if i in copied else r for i, r in enumerate(results)]
+        new = [_copy(graph, r, before[i]) if i in copied else r for i, r in enumerate(results)]  # type: ignore[arg-type]
     output.args = (tuple(new),)
     return len(copied)
+
+
+def _copy(graph: fx.Graph, result: fx.Node, before: Tensor) -> fx.Node:
+    memory_format = {"memory_format": torch.contiguous_format} if before.is_contiguous() else {}
+    return emit(graph, "call_method", "clone", (result,), memory_format)
 
 
 def _results(graph: fx.Graph) -> list[object]:

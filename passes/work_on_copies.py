@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from snn_compile.ir.values import example, storage_key
-from snn_compile.passes.effects import is_write
+from snn_compile.passes.effects import is_write, written
 from snn_compile.passes.emit import emit, evaluate
 
 
@@ -68,7 +68,7 @@ def _may_be_copied(given: fx.Node, names: list[fx.Node], order: dict[fx.Node, in
     if any(u.op == "output" for n in names if n is not given for u in n.users):
         return False
     reads = [u for u in readers if u.op != "output"]
-    first = next((i for i, u in enumerate(reads) if is_write(u) and u.args and u.args[0] in names), None)
+    first = next((i for i, u in enumerate(reads) if is_write(u) and not set(names).isdisjoint(written(u))), None)
     # without a backward to come, a last write may as well go into the buffer itself
     return first is not None and (torch.is_grad_enabled() or first + 1 < len(reads))
 

@@ -75,6 +75,7 @@ from snn_compile.passes.specialize import (
 )
 from snn_compile.passes.unroll import restore_writes, unroll
 from snn_compile.passes.work_on_copies import work_on_copies
+from snn_compile.passes.write_out import write_out
 
 #: Everything `counters["snn_compile"]` counts.
 COUNTERS = (
@@ -150,6 +151,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     decomposed, refused = decompose(work)
     report.rejections += refused
     counters["snn_compile"]["ops_decomposed"] += decomposed
+    write_out(work.graph)
     work_on_copies(work.graph)
     inline_detached(work)
     merge_views(work.graph)

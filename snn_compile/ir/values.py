@@ -69,7 +69,7 @@ def storage_key(node: fx.Node) -> int | None:
         return None
 
 
-def flat_nodes(args: Any) -> Iterable[fx.Node]:
+def flat_nodes(args: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.node.map_arg(args, lambda n: found.append(n))
     return found
