@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from snn_compile.ir.values import example, flat_nodes
+from snn_compile.ir.values import example, flat_nodes, storage_key
 
 #: Their names end like those of writes.
 OPERATORS_NAMED_LIKE_WRITES = {operator.and_, operator.or_, operator.not_}
@@ -98,6 +98,21 @@ def written(node: fx.Node) -> list[fx.Node]:
             stats = [*node.args, *node.kwargs.values()]
         return [a for a in stats if isinstance(a, fx.Node) and _is_buffer(a)]
     return []
+
+
+def memory_written(node: fx.Node) -> set[int | None]:
+    """The storages (`storage_key`) that a node writes into; a region may write into all it is given."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return memory_touched(node) if node.target is not torch.ops.higher_order.autograd_function_apply else set()
+    if node.op != "call_module":
+        return {storage_key(w) for w in written(node)} - {None}
+    body = node.graph.owning_module.get_submodule(str(node.target)).body  # type: ignore[union-attr]
+    return {storage_key(w) for n in body.graph.nodes for w in written(n)} - {None}  # type: ignore[union-attr]
+
+
+def memory_touched(node: fx.Node) -> set[int | None]:
+    """The storages of a node's operands and of its result."""
+    return {storage_key(n) for n in (node, *node.all_input_nodes)} - {None}
 
 
 def _written_by_schema(node: fx.Node, schema: torch.FunctionSchema) -> list[fx.Node]:

@@ -14,13 +14,12 @@ between the loop and the op.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from snn_compile.ir.loop import Loop, LoopConst, LoopInput
 from snn_compile.ir.values import base_name, example, is_getitem
 from snn_compile.passes.classify import IsPointwiseOp, classify
-from snn_compile.passes.effects import is_write
+from snn_compile.passes.effects import is_write, memory_touched, memory_written
 
 
 def fuse_consumers(gm: fx.GraphModule, call: fx.Node, loop: Loop, is_pointwise_op: IsPointwiseOp) -> int:
@@ -71,15 +70,15 @@ def _may_move(graph: fx.Graph, call: fx.Node, consumer: fx.Node, others: list[fx
     order = {n: i for i, n in enumerate(graph.nodes)}
     readers = [r for output in call.users for r in output.users if r is not consumer]
     between = [n for n in order if order[call] < order[n] < order[consumer]]
-    return all(order[r] > order[consumer] for r in readers) and not any(may_write(n, call) for n in between)
+    if any(order[r] < order[consumer] for r in readers):
+        return False
+    changed = memory_written(call)
+    return not any(may_write(n, call) or not changed.isdisjoint(memory_touched(n)) for n in between)
 
 
 def may_write(node: fx.Node, call: fx.Node) -> bool:
-    """Whether it might change an operand of the loop: a write, or a batch norm or a region that shares an operand with it."""
-    if is_write(node):
-        return True
-    has_effects = node.target is F.batch_norm or isinstance(node.target, torch._ops.HigherOrderOperator)
-    return (has_effects or node.op == "call_module") and any(i in call.all_input_nodes for i in node.all_input_nodes)
+    """Whether it might change an operand of the loop."""
+    return is_write(node) or not memory_written(node).isdisjoint(memory_touched(call))
 
 
 def _move_in(

@@ -26,7 +26,7 @@ from torch import fx
 
 from snn_compile.ir.recurrence import Recurrence
 from snn_compile.ir.values import example, hint, shape_hint
-from snn_compile.passes.effects import is_grad_switch, is_write
+from snn_compile.passes.effects import is_grad_switch, is_write, memory_touched, memory_written
 from snn_compile.passes.fuse_consumers import may_write
 from snn_compile.passes.merge_recurrences import Fusion, Traced, operand_key, value_key
 from snn_compile.passes.views import VIEWS
@@ -154,6 +154,9 @@ def _gather(first: fx.Node, second: fx.Node, calls: list[fx.Node]) -> bool:
         return False
     earlier = [n for n in between if n not in dependent]
     if not (_effect_free(earlier, calls) or _effect_free(dependent, calls)):
+        return False
+    changed = {key for n in dependent for key in memory_written(n)}
+    if any(not changed.isdisjoint(memory_touched(n)) for n in earlier):
         return False
     for n in earlier:
         first.prepend(n)

@@ -90,13 +90,13 @@ def _is_plain(node: fx.Node, value: object) -> bool:
 
 def _stays_as_made(node: fx.Node) -> bool:
     """Whether nothing writes into its memory, through views neither, and no result of the graph lies there."""
-    for user in node.users:
-        if user.op == "output" or node in written(user):
-            return False
-        parts = example(user)
-        is_view = storage_key(user) == storage_key(node) or isinstance(parts, (tuple, list))
-        if is_view and not _stays_as_made(user):
-            return False
+    key, names = storage_key(node), [node]
+    for name in names:
+        for user in name.users:
+            if user.op == "output" or name in written(user):
+                return False
+            if storage_key(user) == key or isinstance(example(user), (tuple, list)):
+                names.append(user)
     return True
 
 

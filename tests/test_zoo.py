@@ -41,6 +41,8 @@ def run(function, inputs):
     leaves = [i.clone().requires_grad_(i.is_floating_point()) for i in inputs]
     out = function(*leaves)
     out = list(out) if isinstance(out, (tuple, list)) else [out]
+    memory = {i.untyped_storage().data_ptr() for i in leaves}
+    assert not any(o.untyped_storage().data_ptr() in memory for o in out if o.numel())
     wanted = [o for o in out if o.requires_grad]
     weights = [torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype).view(o.shape) for o in wanted]
     grads = torch.autograd.grad(wanted, leaves, weights, allow_unused=True) if wanted else []
@@ -53,6 +55,7 @@ def check(case, inputs, rtol=1e-5, **options):
     got, got_grads = run(torch.compile(case.function, backend=backend, fullgraph=True, **options), inputs)
     for a, b in zip(expected, got, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
+        assert b.is_contiguous() or not a.is_contiguous()
         if case.atol:
             torch.testing.assert_close(a, b, rtol=0, atol=case.atol)
         else:

@@ -1117,3 +1117,97 @@ def only_the_first_step_wants_a_gradient(x, v0):
         total = total + 2.0 * v
         v = torch.relu(x[t]).detach() + 0.0 * v.detach()
     return total
+
+
+# ---------------------------------------------------------------------------------------------------- memory and layout
+
+
+@case()
+def two_records_through_views(x):
+    spikes, potentials = torch.zeros_like(x), torch.zeros_like(x)
+    v = torch.zeros_like(x[0])
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        spikes[t].copy_(s)
+        potentials[t].copy_(v)
+    return spikes * 1.0, potentials * 1.0
+
+
+@case()
+def scratch_written_through_a_view(x):
+    v, spikes, masks = torch.zeros_like(x[0]), [], []
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        mask = torch.ones(x.shape[1:])
+        mask[:, :2].mul_(x[t, :, :2].detach())
+        spikes.append(s)
+        masks.append(mask)
+    return torch.stack(spikes), torch.stack(masks)
+
+
+@case()
+def number_that_grows_by_tensors_of_zeros(x):
+    v, count, out = 0.0, 0.0, []
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        count = count + torch.zeros_like(x[t])
+        out.append(s)
+    return torch.stack(out), count
+
+
+@case()
+def steps_of_the_input_detached(x):
+    v, spikes, kept = torch.zeros_like(x[0]), [], []
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        spikes.append(s)
+        kept.append(x[t].detach())
+    return torch.stack(spikes), torch.stack(kept)
+
+
+@case()
+def parts_of_steps_stacked_and_viewed(x):
+    v, parts = torch.zeros_like(x[0]), []
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        parts.append(s[:, :2])
+    return torch.stack(parts).view(-1)
+
+
+@case()
+def stacked_along_two_dims_and_viewed(x):
+    v, out = torch.zeros_like(x[0]), []
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        out.append(s)
+    return torch.stack(out).view(-1), torch.stack(out[1:], -1).view(-1), out[2].view(-1)
+
+
+@case(inputs=lambda T: [randn(T, 7, 6).transpose(1, 2) * 2, torch.rand(6, 7)])
+def last_state_of_a_transposed_series_viewed(x, v):
+    out = []
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        out.append(s)
+    return torch.stack(out), v.view(-1)
+
+
+@case()
+def detached_spikes_that_are_filled_in(x):
+    v, out = torch.zeros_like(x[0]), []
+    for t in range(x.shape[0]):
+        v = 0.9 * v + x[t]
+        v = v * (1.0 - FilledIn.apply(v - 1.0).detach())
+        out.append(v)
+        FilledIn.apply(v - 2.0)
+    return torch.stack(out)
+
+
+@case()
+def backwards_beside_what_cannot_be_batched(x):
+    v, spikes, counts = torch.zeros_like(x[0]), [], []
+    for t in reversed(range(x.shape[0])):
+        v, s = _step(v, x[t])
+        spikes.append(s)
+        counts.append(torch.histc(x[t].detach(), 5))
+    return torch.stack(spikes), torch.stack(counts)

@@ -50,6 +50,18 @@ def test_functions_of_numpy_are_one_function():
     assert sum("prod" in str(t) for t in captured.targets()) == 2
 
 
+def test_what_is_written_into_through_views_is_its_own():
+    def f(a):
+        first, second, third, fourth = (torch.zeros(5) for _ in range(4))
+        first[2:].add_(a[0, 0, :3])
+        second.view(5, 1).unbind(1)[0].copy_(a[0, 0])
+        torch.add(a[0, 0], 1.0, out=third)
+        return first * 1.0, second * 1.0, third * 1.0, fourth * 1.0
+
+    captured = capture(f, x().detach())
+    captured.check(hoist_creations)
+
+
 def test_what_is_written_into_or_random_is_its_own():
     def f(a):
         first, second = torch.arange(5.0), torch.arange(5.0)
