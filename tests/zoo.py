@@ -1211,3 +1211,15 @@ def backwards_beside_what_cannot_be_batched(x):
         spikes.append(s)
         counts.append(torch.histc(x[t].detach(), 5))
     return torch.stack(spikes), torch.stack(counts)
+
+
+@case((6, 7), (7,))
+def a_record_that_is_read_after_another_is_scaled(x, bias):
+    """The loop writes into one buffer; the product that could join it stands behind what reads that buffer."""
+    record, shifted = torch.zeros_like(x), torch.zeros_like(x)
+    v = torch.zeros_like(x[0])
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        record[t].copy_(s)
+        shifted[t] = v + bias
+    return record * 2.0, shifted * 2.0
