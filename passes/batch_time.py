@@ -33,7 +33,7 @@ from snn_compile.passes.batch_norm_over_time import batch_norm_over_time, check_
 from snn_compile.passes.classify import AUTOGRAD_FUNCTION, OpInfo
 from snn_compile.passes.emit import attribute, emit, emit_function, replace_by_results
 from snn_compile.passes.loop_results import stacked_example
-from snn_compile.passes.views import RESIZING
+from snn_compile.passes.views import RESIZING, STRETCHING
 from snn_compile.passes.vmap_time import vmap_time
 
 CARRIED = "a state is carried through it"
@@ -268,7 +268,7 @@ def _is_batched(node: fx.Node, info: OpInfo, folded: set[fx.Node]) -> bool:
         return info.pointwise
     if _sizes_behind_batch(node) is not None:
         return node.args[0] in folded
-    if info.pointwise and node.target not in ("expand", *RESIZING):  # (their sizes are those of one step)
+    if info.pointwise and node.target not in RESIZING | STRETCHING:  # (their sizes are those of one step)
         value = example(node)
         value = value[0] if isinstance(value, (tuple, list)) else value
         # a constant with as many dims as the value has a batch dim of its own, which folding would stretch

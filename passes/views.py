@@ -17,5 +17,7 @@ RESIZING = _methods_and_functions("view", "reshape", "flatten", "unflatten", "sq
 REARRANGING = RESIZING | _methods_and_functions(
     "transpose", "permute", "movedim", "swapaxes", "swapdims", "t", "adjoint", "contiguous"
 )
+#: Each element as often as the given sizes say.
+STRETCHING = _methods_and_functions("expand", "expand_as", "broadcast_to")
 #: An index is a view unless it holds tensors or lists.
-VIEWS = REARRANGING | _methods_and_functions("narrow", "select", "unbind", "expand", "detach") | {operator.getitem}
+VIEWS = REARRANGING | STRETCHING | _methods_and_functions("narrow", "select", "unbind", "detach") | {operator.getitem}

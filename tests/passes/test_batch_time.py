@@ -52,6 +52,8 @@ LAYERS = {
     ),
     "view that changes nothing": (lambda a, w: F.linear(a.view(a.shape[0], -1), w), x(), torch.randn(4, 5)),
     "expand that changes nothing": (lambda a, w: F.linear(a.expand(2, 5), w), x(6, 2, 5), torch.randn(4, 5)),
+    "broadcast_to": (lambda a, w: F.linear(torch.broadcast_to(a, (2, 5)), w).broadcast_to(2, 4), x(6, 2, 1), torch.randn(4, 5)),
+    "expand_as": (lambda a, w, b: F.linear(a.expand_as(b), w), x(6, 2, 1), torch.randn(4, 5), torch.randn(2, 5)),
     "reshape behind the batch": (lambda a, w: F.linear(a.reshape(2, -1), w), x(6, 2, 3, 4), torch.randn(5, 12)),
     "unflatten": (lambda a, w: F.linear(a, w).unflatten(1, (2, -1)).flatten(1), x(), torch.randn(4, 5)),
     "layer_norm": (lambda a: F.layer_norm(a, (5,)), x()),
