@@ -3,12 +3,11 @@
     s, v, h = sj_lif.forward(x, v, tau, …)  ->  h0 = v + (x[0] - v)/tau; s0 = spike(h0 - 1); v0 = …; s = stack([s0, …])
 
 The registered function is captured by Dynamo on the op's own examples, so that what is inlined has the form of every other
-graph, surrogate gradients included. A step taken alone, ``op(x.unsqueeze(0))[0]``, loses the wrapping of its single step.
+graph, surrogate gradients included. A step taken alone, ``op(x.unsqueeze(0))[0]``, is unwrapped by `passes/unwrap_steps`.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FunctionType
@@ -88,7 +87,6 @@ def _inline(gm: fx.GraphModule, node: fx.Node, function: Decomposition, captured
     if not all(is_getitem(user) for user in node.users):
         raise Reject(f"the results of {node.target} are used as one tuple", node=node, location=user_location(node))
     replace_by_results(node, results)
-    _unwrap_steps(gm, results)
     return True
 
 
@@ -139,25 +137,3 @@ def _place(result: object, outputs: Sequence[object], tensors: Sequence[Tensor])
         if output is result:
             return i
     return -1 - next(i for i, a in enumerate(tensors) if a is result)
-
-
-# ---------------------------------------------------------------------------------------------------------- single steps
-
-
-def _unwrap_steps(gm: fx.GraphModule, results: Sequence[fx.Node]) -> None:
-    """``stack([a, b])[1] -> b`` and ``x.unsqueeze(0)[0] -> x``: what is left of a step that was taken alone."""
-    for stack in results:
-        if stack.target is torch.stack and len(stack.args) + len(stack.kwargs) == 1:
-            for user in list(stack.users):
-                if is_getitem(user) and type(user.args[1]) is int:
-                    _replace(gm, user, stack.args[0][user.args[1]])  # type: ignore[index]
-    for node in list(gm.graph.nodes):
-        if node.target is operator.getitem and node.args[1] == 0 and type(node.args[1]) is int:
-            source = node.args[0]
-            if source.target in ("unsqueeze", torch.unsqueeze) and source.args[1:] == (0,):
-                _replace(gm, node, source.args[0])
-
-
-def _replace(gm: fx.GraphModule, node: fx.Node, by: object) -> None:
-    node.replace_all_uses_with(by)  # type: ignore[arg-type]
-    gm.graph.erase_node(node)

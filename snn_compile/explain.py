@@ -59,6 +59,13 @@ BREAK_HINTS = (
     ("python_type()", "Dynamo reads no attribute of an autograd.Function's class: keep the number outside of the class"),
 )
 
+#: The same, wherever they are: `compat.prepare` does not take these out of a library.
+BREAK_HINTS_ANYWHERE = (
+    ("RNN, GRU, or LSTM", "set torch._dynamo.config.allow_rnn = True, or use cells: torch.nn.RNNCell in a loop"),
+    ("Tensor.tolist()", "a list of a tensor's values is read back in every step: keep them in the tensor"),
+    ("RemovableHandle", "a hook that is registered in what is compiled ends the graph: register it before"),
+)
+
 #: Libraries of whose modules `compat.prepare` takes graph breaks out.
 PREPARED = frozenset(("snntorch", "norse", "sinabs"))
 #: What Dynamo says of ``self.spike = Spike()``, an instance of an `autograd.Function`, and ``self.spike.apply(v)``.
@@ -80,6 +87,8 @@ class GraphBreak:
     @property
     def hint(self) -> str:
         """What to change; empty where that depends on the code."""
+        if anywhere := _hint(self.reason, BREAK_HINTS_ANYWHERE):
+            return anywhere
         if not PREPARED.isdisjoint(Path(self.location).parts) or _FUNCTION_INSTANCE in self.reason:
             return "model = snn_compile.compat.prepare(model), before it is compiled"
         return _hint(self.reason, BREAK_HINTS)
@@ -319,8 +328,14 @@ def explain(fn: Callable[..., object], **options: object) -> Callable[..., Expla
         before, failed = _break_counts(), counters["snn_compile"]["pass_failures"]
 
         def collect(gm: fx.GraphModule, example_inputs: object) -> Callable[..., object]:
+            known = len(reports)
+            try:
+                compiled = backend.snn(gm, example_inputs, options=dict(options) or None)  # type: ignore[arg-type]
+            except torch._dynamo.exc.RestartAnalysis:  # Dynamo will trace it once more, with floats as tensors, say
+                del reports[known:]
+                raise
             reasons.append(getattr(gm, "compile_subgraph_reason", None))
-            return backend.snn(gm, example_inputs, options=dict(options) or None)  # type: ignore[arg-type]
+            return compiled
 
         backend.listeners.append(reports.append)
         try:

@@ -74,6 +74,7 @@ from snn_compile.passes.specialize import (
     specialize_sizes,
 )
 from snn_compile.passes.unroll import restore_writes, unroll
+from snn_compile.passes.unwrap_steps import unwrap_steps
 from snn_compile.passes.work_on_copies import work_on_copies
 from snn_compile.passes.write_out import write_out
 
@@ -151,6 +152,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     decomposed, refused = decompose(work)
     report.rejections += refused
     counters["snn_compile"]["ops_decomposed"] += decomposed
+    unwrap_steps(work)
     write_out(work.graph)
     work_on_copies(work.graph)
     inline_detached(work)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import snn_compile
 from snn_compile import backend, outer_loop
+from snn_compile.explain import GraphBreak
 from snn_compile.pipeline import COUNTERS
 from tests import zoo
 
@@ -208,6 +209,13 @@ def test_breaks_say_what_to_change() -> None:
         torch._dynamo.reset()
         found = snn_compile.explain(function)(torch.rand(6, 3).requires_grad_(function is by_class))
         assert found.graph_breaks and hint in str(found)
+
+
+def test_a_break_that_prepare_leaves_has_its_own_hint() -> None:
+    in_library = "/site-packages/snntorch/_neurons/leakyparallel.py:212"
+    breaks = {"Attempted to wrap RNN, GRU, or LSTM": "allow_rnn", "Tensor.item() of a threshold": "compat.prepare(model)"}
+    for reason, hint in breaks.items():
+        assert hint in GraphBreak(reason, in_library).hint
 
 
 def test_writes_into_the_series_that_is_read_are_named() -> None:

@@ -1223,3 +1223,15 @@ def a_record_that_is_read_after_another_is_scaled(x, bias):
         record[t].copy_(s)
         shifted[t] = v + bias
     return record * 2.0, shifted * 2.0
+
+
+@case()
+def state_wrapped_into_a_series_of_one_step(x):
+    """As layers for all steps do that are called with one."""
+    y = v = torch.zeros_like(x[0])
+    out = []
+    for t in range(x.shape[0]):
+        v, s = _step(v, (x[t] - y).unsqueeze(0)[0])
+        (y,) = torch.stack([s])[None][0].unbind(0)
+        out.append(y)
+    return torch.stack(out)

@@ -6,6 +6,7 @@ from torch._dynamo.utils import counters
 
 from snn_compile.decompositions import decomposition_of, register_decomposition
 from snn_compile.passes.decompose import decompose
+from snn_compile.passes.unwrap_steps import unwrap_steps
 from tests.passes.capture import capture, reroll_all, x
 
 
@@ -70,6 +71,7 @@ def test_single_steps_lose_their_wrapping():
 
     captured = capture(function, x())
     captured.check(decompose)
+    assert captured.check(unwrap_steps) >= 6
     loops, _ = captured.check(reroll_all)
     assert [loop.length for loop in loops] == [6]
     assert "unsqueeze" not in str(loops[0].body.graph)
