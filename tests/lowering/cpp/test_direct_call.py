@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -196,7 +197,15 @@ def test_an_error_says_what_python_said(fresh, again):
         assert torch.equal(compiled(x, x[0])[0], module(x, x[0])[0])
 
 
-def test_an_interrupt_is_one(fresh):
+@pytest.fixture
+def interruptible():
+    """A shell's background job ignores interrupts, and so does what it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_is_one(fresh, interruptible):
     module = LIF(0.6181)
     compiled = torch.compile(module, backend="snn")
     x = torch.randn(4, 5)
