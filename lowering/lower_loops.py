@@ -21,6 +21,7 @@ from snn_compile.lowering import ops
 from snn_compile.lowering.registration import is_kernel
 from snn_compile.passes.emit import emit
 from snn_compile.passes.hoist_creations import inline_creations, number_of
+from snn_compile.passes.loop_results import laid_out
 from snn_compile.passes.trace_step import StepInterpreter, trace_step
 from snn_compile.passes.trace_stepped import trace_stepped
 
@@ -113,7 +114,7 @@ def lower_loop(gm: fx.GraphModule, call: fx.Node, loop: Loop, op: torch._ops.OpO
             result = new if len(results) == 1 else graph.call_function(operator.getitem, (new, index))
             if result is not new:
                 result.meta = dict(user.meta)
-            user.replace_all_uses_with(_laid_out(graph, loop, index, result, example(user)))
+            user.replace_all_uses_with(_state_laid_out(graph, loop, index, result, example(user)))
             graph.erase_node(user)
         if len(results) == 1 and users:
             new.meta["example_value"] = users[0].meta.get("example_value")
@@ -122,14 +123,12 @@ def lower_loop(gm: fx.GraphModule, call: fx.Node, loop: Loop, op: torch._ops.OpO
     return new
 
 
-def _laid_out(graph: fx.Graph, loop: Loop, index: int, result: fx.Node, like: object) -> fx.Node:
+def _state_laid_out(graph: fx.Graph, loop: Loop, index: int, result: fx.Node, like: object) -> fx.Node:
     """A kernel lays a last state out as its series are; eager, in doubt, as the state before: a `view` may follow."""
     is_state = index >= len(loop.ys) and isinstance(like, torch.Tensor)
-    if not is_state or not like.is_contiguous() or all(x.example.is_contiguous() for x in loop.xs):  # type: ignore[attr-defined]
+    if not is_state or all(x.example.is_contiguous() for x in loop.xs):
         return result
-    contiguous = graph.call_method("contiguous", (result,))
-    contiguous.meta = {"example_value": like}
-    return contiguous
+    return laid_out(graph, result, like)
 
 
 def _check_dtypes(call: fx.Node, loop: Loop) -> None:

@@ -49,10 +49,10 @@ def rewire_output(graph: fx.Graph, window: Window, residue: int, y: LoopOutput, 
 def _slice(graph: fx.Graph, ys: fx.Node, y: LoopOutput, t: int) -> fx.Node:
     node = graph.call_function(operator.getitem, (ys, t if y.dim == 0 else (*(slice(None),) * y.dim, t)))
     node.meta = {"example_value": y.example}
-    return _laid_out(graph, node, y.example) if y.dim else node
+    return laid_out(graph, node, y.example) if y.dim else node
 
 
-def _laid_out(graph: fx.Graph, node: fx.Node, like: object) -> fx.Node:
+def laid_out(graph: fx.Graph, node: fx.Node, like: object) -> fx.Node:
     """A part of all steps' values, or these with time at another dim, as the value that it stands for: a `view` may follow."""
     if isinstance(like, torch.Tensor) and like.is_contiguous():
         node = graph.call_method("contiguous", (node,))
@@ -95,7 +95,7 @@ def _replace_stack(
                 parts.append(graph.call_function(torch.stack, (values[last + 1 :], dim)))
             node = graph.call_function(torch.cat, (parts, dim))
         elif node is not ys:
-            node = _laid_out(graph, node, example(user))
+            node = laid_out(graph, node, example(user))
         node.meta = node.meta if node is ys else {**node.meta, "example_value": example(user)}
     new, old = example(node), example(user)
     if isinstance(new, torch.Tensor) and isinstance(old, torch.Tensor) and new.shape != old.shape:
