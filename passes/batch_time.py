@@ -31,8 +31,8 @@ from snn_compile.ir.loop import Loop, LoopOutput
 from snn_compile.ir.values import example, is_getitem, known_int, shape_key, storage_key
 from snn_compile.passes.batch_norm_over_time import batch_norm_over_time, check_batch_norm
 from snn_compile.passes.classify import AUTOGRAD_FUNCTION, OpInfo
-from snn_compile.passes.emit import attribute, emit, emit_function, replace_by_results
-from snn_compile.passes.loop_results import stacked_example
+from snn_compile.passes.emit import attribute, emit, emit_copy, emit_function, replace_by_results
+from snn_compile.passes.loop_results import laid_out, stacked_example
 from snn_compile.passes.views import RESIZING, STRETCHING
 from snn_compile.passes.vmap_time import vmap_time
 
@@ -179,13 +179,10 @@ def _output(call: fx.Node, series: fx.Node, y: LoopOutput, length: int) -> fx.No
     series = emit(graph, "call_method", "flip", (series, 0), {}) if y.reverse else series
     if y.dim:
         return emit(graph, "call_method", "contiguous", (emit(graph, "call_method", "movedim", (series, 0, y.dim), {}),), {})
-    is_contiguous = stacked_example(y, length).is_contiguous()
+    stacked = stacked_example(y, length)
     if storage_key(series) in {storage_key(a) for a in call.all_input_nodes}:
-        memory_format = {"memory_format": torch.contiguous_format} if is_contiguous else {}
-        return emit(graph, "call_method", "clone", (series,), memory_format)
-    if is_contiguous and not example(series).is_contiguous():  # type: ignore[union-attr]
-        return emit(graph, "call_method", "contiguous", (series,), {})
-    return series
+        return emit_copy(graph, series, stacked)
+    return series if example(series).is_contiguous() else laid_out(graph, series, stacked)  # type: ignore[union-attr]
 
 
 # --------------------------------------------------------------------------------------------- time as a part of the batch

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from snn_compile.ir.loop import Loop
@@ -49,6 +50,12 @@ def replace_by_results(node: fx.Node, results: Sequence[fx.Node]) -> None:
         user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
         node.graph.erase_node(user)
     node.graph.erase_node(node)
+
+
+def emit_copy(graph: fx.Graph, node: fx.Node, like: Tensor) -> fx.Node:
+    """The value in memory of its own, contiguous where `like` is."""
+    memory_format = {"memory_format": torch.contiguous_format} if like.is_contiguous() else {}
+    return emit(graph, "call_method", "clone", (node,), memory_format)
 
 
 def emit_function(graph: fx.Graph, function: Callable[..., fx.Proxy], args, kwargs) -> fx.Node:  # type: ignore[no-untyped-def]

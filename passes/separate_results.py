@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from snn_compile.ir.values import example, is_getitem, known_int
-from snn_compile.passes.emit import emit
+from snn_compile.passes.emit import emit_copy
 from snn_compile.passes.views import VIEWS
 
 _SEVERAL = {"unbind", torch.unbind, "chunk", torch.chunk, "split", torch.split}
@@ -45,14 +45,9 @@ def separate_results(graph: fx.Graph, before: Sequence[object]) -> int:
         copied |= parts | {i for i in places if i != whole and any(_apart(before[i], before[j]) for j in places if j != i)}
     output = graph.output_node()
     with graph.inserting_before(output):
-        new = [_copy(graph, r, before[i]) if i in copied else r for i, r in enumerate(results)]  # type: ignore[arg-type]
+        new = [emit_copy(graph, r, before[i]) if i in copied else r for i, r in enumerate(results)]  # type: ignore[arg-type]
     output.args = (tuple(new),)
     return len(copied)
-
-
-def _copy(graph: fx.Graph, result: fx.Node, before: Tensor) -> fx.Node:
-    memory_format = {"memory_format": torch.contiguous_format} if before.is_contiguous() else {}
-    return emit(graph, "call_method", "clone", (result,), memory_format)
 
 
 def _results(graph: fx.Graph) -> list[object]:

@@ -211,6 +211,21 @@ def test_breaks_say_what_to_change() -> None:
         assert found.graph_breaks and hint in str(found)
 
 
+def test_what_dynamo_traces_again_is_counted_once(monkeypatch) -> None:
+    """AOTAutograd may ask for another trace when the pipeline has run, with floats as tensors, say."""
+    calls, snn = [], backend.snn
+
+    def restarts_once(gm, inputs, **options):
+        calls.append(snn(gm, inputs, **options))
+        if len(calls) == 1:
+            raise torch._dynamo.exc.TensorifyScalarRestartAnalysis(restart_reason="a test")
+        return calls[-1]
+
+    monkeypatch.setattr(backend, "snn", restarts_once)
+    found = snn_compile.explain(snn_compile.neuron.LIFNode(step_mode="m"))(torch.rand(6, 3))
+    assert len(calls) == 2 and found.graphs == 1 and len(found.recurrences) == 1
+
+
 def test_a_break_that_prepare_leaves_has_its_own_hint() -> None:
     in_library = "/site-packages/snntorch/_neurons/leakyparallel.py:212"
     breaks = {"Attempted to wrap RNN, GRU, or LSTM": "allow_rnn", "Tensor.item() of a threshold": "compat.prepare(model)"}
