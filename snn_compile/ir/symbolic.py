@@ -11,8 +11,8 @@ from torch import fx
 from snn_compile.ir.fire import op_name, spike_of_state
 from snn_compile.ir.recurrence import Recurrence
 
-#: sympy is not asked about larger expressions, nor waited for longer.
-MAX_SYMBOLIC_NODES, MAX_SECONDS = 200, 2.0
+#: sympy is not asked about larger expressions, nor waited for longer (a report is the same on a busy machine).
+MAX_SYMBOLIC_NODES, MAX_SECONDS = 200, 20.0
 
 
 def is_affine(recurrence: Recurrence) -> bool | None:

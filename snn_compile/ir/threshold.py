@@ -84,10 +84,10 @@ def _solve(recurrence: Recurrence, found: AffineFire) -> str:
         for n in {a for n in (*found.chain, found.fire.compared) for a in n.all_input_nodes} - {*found.chain}
     }
     threshold = limit = to_sympy(found.fire.compared.args[1], symbols, {})
-    potential, result = symbols[found.potential], sympy.Symbol("result", real=True)
+    potential = symbols[found.potential]
     for node, inner in zip(reversed(found.chain), (*reversed(found.chain[:-1]), found.potential), strict=True):
-        step = to_sympy(node, {**symbols, inner: potential}, {})
-        threshold = sympy.solve(step - result, potential)[0].subs(result, threshold)
+        step = to_sympy(node, {**symbols, inner: potential}, {})  # (affine: quicker inverted than solved)
+        threshold = (threshold - step.subs(potential, 0)) / sympy.diff(step, potential)
     value = to_sympy(found.chain[-1], symbols, {})
     slope = sympy.simplify(sympy.diff(value, potential))
     if sympy.simplify(value.subs(potential, threshold) - limit) != 0:
