@@ -105,10 +105,18 @@ def _stack_like(tensor: Tensor, steps: int, dim: int, dtype: torch.dtype) -> Ten
 
 def allocate_results(recurrence: Recurrence, operands: Sequence[Tensor], steps: int) -> list[Tensor]:
     """``ys`` with time at their own dim, as `torch.stack` gives them; ``finals`` in the operands' layout."""
+    _check_dtypes(recurrence, operands)
     shape = recurrence.shape(operands)
     like = _dense_like(_layout_source(recurrence, operands, shape), shape, operands[0].dtype)
     results = [_stack_like(like, steps, y.time_dim, y.dtype) for y in recurrence.ys]
     return results + [_dense_like(like, shape, c.dtype) for c in recurrence.finals]
+
+
+def _check_dtypes(recurrence: Recurrence, operands: Sequence[Tensor]) -> None:
+    """A kernel would read other numbers than are there. (Asked as a graph is traced, and before a kernel is bound.)"""
+    for operand, spec in zip(operands, recurrence.operands, strict=True):
+        if operand.dtype != spec.dtype:
+            raise TypeError(f"{recurrence.name}: '{spec.name}' is {operand.dtype}, and the kernel was made for {spec.dtype}")
 
 
 def allocate_gradients(recurrence: Recurrence, operands: Sequence[Tensor], steps: int) -> list[Tensor]:

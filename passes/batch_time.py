@@ -29,6 +29,7 @@ from torch import fx
 from snn_compile.errors import Reject, Rejection
 from snn_compile.ir.loop import Loop, LoopOutput
 from snn_compile.ir.values import example, is_getitem, known_int, shape_key, storage_key
+from snn_compile.passes.autocast_regions import regions
 from snn_compile.passes.batch_norm_over_time import batch_norm_over_time, check_batch_norm
 from snn_compile.passes.classify import AUTOGRAD_FUNCTION, OpInfo
 from snn_compile.passes.emit import attribute, emit, emit_copy, emit_function, replace_by_results
@@ -200,11 +201,11 @@ def _fold_time(gm: fx.GraphModule, call: fx.Node, loop: Loop, infos: dict[fx.Nod
     for node in infos:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: env[a] if a in env else attribute(gm, loop, a))
         if node.target is F.batch_norm and infos[node].writes:
-            env[node] = emit_function(graph, batch_norm_over_time, (loop.length, *args), kwargs)
+            env[node] = emit_function(graph, batch_norm_over_time, (loop.length, *args), kwargs, regions(node))
         elif (sizes := _sizes_behind_batch(node)) is not None:
             env[node] = emit(graph, "call_method", "reshape", (args[0], (-1, *sizes)), {})
         else:
-            env[node] = emit(graph, node.op, node.target, args, kwargs)
+            env[node] = emit(graph, node.op, node.target, args, kwargs, where=regions(node))
         env[node].meta = {**node.meta, **env[node].meta}
     next_carries, values = loop.results()
     series = {v: _unfold(graph, env[v], loop.length) for v in dict.fromkeys((*values, *next_carries))}

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from snn_compile.ir.loop import Loop
 from snn_compile.ir.values import example, flat_nodes, hint, is_getitem, shape_hint, storage_key
+from snn_compile.passes.autocast_regions import regions, under
 from snn_compile.passes.effects import written
 from snn_compile.passes.fixed_batch_norm import is_fixed_batch_norm
 from snn_compile.passes.trace_step import IDENTITIES
@@ -82,7 +83,7 @@ def _dispatched(loop: Loop, node: fx.Node, fakes: _Fakes) -> list[torch._ops.OpO
     """The ATen ops a node dispatches to; None where it cannot be run on fake tensors."""
     record = _Record()
     try:
-        with fakes.mode, torch.no_grad():
+        with fakes.mode, torch.no_grad(), under(regions(node)):
             args = fx.node.map_arg(node.args, fakes.of)
             kwargs = fx.node.map_arg(node.kwargs, fakes.of)
             with record:

@@ -18,6 +18,7 @@ from torch import fx
 from torch.nn import functional
 
 from snn_compile.ir.values import example
+from snn_compile.passes.autocast_regions import regions
 from snn_compile.passes.emit import emit_function
 
 #: ``conv(input, weight, bias, stride, padding, dilation, groups)``
@@ -35,7 +36,8 @@ def replace_convolutions_at_one_position(gm: fx.GraphModule) -> int:
         sizes = tuple(example(given["input"]).shape), tuple(example(given["weight"]).shape)
         operands = given["input"], given["weight"], given.get("bias")
         with gm.graph.inserting_before(node):
-            new = emit_function(gm.graph, _product, operands, {"sizes": sizes, "groups": given.get("groups", 1)})
+            numbers = {"sizes": sizes, "groups": given.get("groups", 1)}
+            new = emit_function(gm.graph, _product, operands, numbers, regions(node))
         new.meta = {**node.meta, "example_value": new.meta["example_value"]}
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)

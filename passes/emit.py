@@ -11,12 +11,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from snn_compile.ir.loop import Loop
 from snn_compile.ir.values import example, flat_nodes
+from snn_compile.passes.autocast_regions import Regions, put_into, regions, under
 
 
-def emit(graph: fx.Graph, op: str, target, args, kwargs, name: str | None = None) -> fx.Node:  # type: ignore[no-untyped-def]
-    """A node with its example, found by running it on the examples of its operands."""
+def emit(  # type: ignore[no-untyped-def]
+    graph: fx.Graph, op: str, target, args, kwargs, name: str | None = None, where: Regions = ()
+) -> fx.Node:
+    """A node with its example, found by running it on the examples of its operands, in these regions of autocast."""
     node = graph.create_node(op, target, args, kwargs, name)
-    node.meta["example_value"] = _run(op, target, args, kwargs)
+    node.meta["example_value"] = _run(op, target, args, kwargs, where)
+    put_into(node, where)
     return node
 
 
@@ -58,21 +62,24 @@ def emit_copy(graph: fx.Graph, node: fx.Node, like: Tensor) -> fx.Node:
     return emit(graph, "call_method", "clone", (node,), memory_format)
 
 
-def emit_function(graph: fx.Graph, function: Callable[..., fx.Proxy], args, kwargs) -> fx.Node:  # type: ignore[no-untyped-def]
-    """The nodes of a function in plain PyTorch, with their examples."""
+def emit_function(  # type: ignore[no-untyped-def]
+    graph: fx.Graph, function: Callable[..., fx.Proxy], args, kwargs, where: Regions = ()
+) -> fx.Node:
+    """The nodes of a function in plain PyTorch, with their examples, in these regions of autocast."""
     before = set(graph.nodes)
     tracer = fx.proxy.GraphAppendingTracer(graph)
     proxies = fx.node.map_arg((args, kwargs), lambda n: fx.Proxy(n, tracer))  # type: ignore[arg-type,return-value]
     result = function(*proxies[0], **proxies[1])
     for new in (n for n in graph.nodes if n not in before):
-        new.meta["example_value"] = _run(new.op, new.target, new.args, new.kwargs)
+        new.meta["example_value"] = _run(new.op, new.target, new.args, new.kwargs, where)
+        put_into(new, where)
     node: fx.Node = result.node
     return node
 
 
 def evaluate(node: fx.Node) -> object:
     """What a node gives on the examples of its operands."""
-    return _run(node.op, node.target, node.args, node.kwargs)
+    return _run(node.op, node.target, node.args, node.kwargs, regions(node))
 
 
 def fake_mode_of(operands: object) -> contextlib.AbstractContextManager[object]:
@@ -81,7 +88,7 @@ def fake_mode_of(operands: object) -> contextlib.AbstractContextManager[object]:
     return fakes[0].fake_mode if fakes else contextlib.nullcontext()
 
 
-def _run(op: str, target, args, kwargs) -> object:  # type: ignore[no-untyped-def]
+def _run(op: str, target, args, kwargs, where: Regions) -> object:  # type: ignore[no-untyped-def]
     (first, *rest), keywords = fx.node.map_arg((args, kwargs), example)
-    with fake_mode_of((args, kwargs)):
+    with fake_mode_of((args, kwargs)), under(where):
         return getattr(first, target)(*rest, **keywords) if op == "call_method" else target(first, *rest, **keywords)

@@ -29,6 +29,7 @@ from snn_compile.passes.concatenations import normalize_concatenations
 from snn_compile.passes.effects import INPLACE_OPERATORS, is_write, written
 from snn_compile.passes.emit import copy_of, emit
 from snn_compile.passes.no_grad_regions import detach_no_grad_regions
+from snn_compile.passes.reshapes_in_place import date_example, nodes_reshaped
 
 #: In a node's meta: it is what a write has become, a new value. (Its example lies in the memory that was written into.)
 VALUE_AFTER_WRITE = "value_after_write"
@@ -91,11 +92,14 @@ def _replace_writes(graph: fx.Graph) -> None:
     local = {key: _is_local(nodes, order) for key, nodes in aliases.items()}
     #: the names of a tensor: those that are no views of a part of it
     names = {key: [n for n in nodes if not _is_view(n)] for key, nodes in aliases.items()}
+    reshaped = nodes_reshaped(graph)
     current: dict[fx.Node, fx.Node] = {}  # a tensor that was written into -> its value now
     for node in list(graph.nodes):
         if current:
             node.args = fx.node.map_arg(node.args, lambda n: current.get(n, n))
             node.kwargs = fx.node.map_arg(node.kwargs, lambda n: current.get(n, n))
+        if node in reshaped and local.get(memory[node]):
+            date_example(node)
         if is_getitem(node) and _forward_stored(node):
             graph.erase_node(node)
             continue
@@ -110,7 +114,8 @@ def _replace_writes(graph: fx.Graph) -> None:
             local[key] = False
             continue
         new.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
-        new.meta["example_value"] = _alias(example(target), _requires_grad(node))
+        after = example(node) if isinstance(example(node), torch.Tensor) else example(target)
+        new.meta["example_value"] = _alias(after, _requires_grad(node))  # type: ignore[arg-type]
         new.meta[VALUE_AFTER_WRITE] = True
         memory[new], order[new] = key, order[node]
         for same in names[key]:

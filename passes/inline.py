@@ -8,19 +8,24 @@ from typing import Any
 from torch import fx
 
 from snn_compile.ir.values import example
+from snn_compile.passes.autocast_regions import Regions, put_into, regions, under
 from snn_compile.passes.emit import fake_mode_of
 
 
 class Inliner(fx.Interpreter):
     """Copies `graph` to where nodes are inserted in `gm`, in the place of `node`, with examples of the graph it goes into.
 
-    What is copied counts as written where `node` was; `keeps_places`: where it was written itself.
+    What is copied counts as written where `node` was; `keeps_places`: where it was written itself. It stands in the regions of
+    autocast of `node`, or in `where`.
     """
 
-    def __init__(self, graph: fx.GraphModule, gm: fx.GraphModule, node: fx.Node, keeps_places: bool = False) -> None:
+    def __init__(
+        self, graph: fx.GraphModule, gm: fx.GraphModule, node: fx.Node, keeps_places: bool = False, where: Regions | None = None
+    ) -> None:
         super().__init__(graph)
         self.keeps_places = keeps_places
         self.source, self.gm, self.node = graph.graph, gm, node
+        self.where = regions(node) if where is None else where
         self.copies: dict[fx.Node, Any] = {}
         self.attributes: dict[str, str] = {}
 
@@ -28,7 +33,7 @@ class Inliner(fx.Interpreter):
         """The graph's results, in their structure, as nodes of `gm`, given its inputs as nodes of `gm` (or numbers)."""
         placeholders = [n for n in self.source.nodes if n.op == "placeholder"]
         self.copies = dict(zip(placeholders, inputs, strict=True))
-        with fake_mode_of(inputs):
+        with fake_mode_of(inputs), under(self.where):
             self.run(*map(example, inputs))
         return fx.node.map_arg(self.source.output_node().args[0], self.copies.__getitem__)
 
@@ -44,6 +49,7 @@ class Inliner(fx.Interpreter):
             new.target = self._attribute(str(n.target), value)
         place = (n.meta.get("stack_trace") if self.keeps_places else "") or self.node.meta.get("stack_trace", "")
         new.meta = {"example_value": value, "stack_trace": place}
+        put_into(new, self.where)
         self.copies[n] = new
 
     def _attribute(self, name: str, value: object) -> str:

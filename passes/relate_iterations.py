@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from snn_compile.ir.values import is_getitem, storage_key
+from snn_compile.passes.autocast_regions import regions
 from snn_compile.passes.effects import written
 from snn_compile.passes.find_repeats import Repeat
 from snn_compile.passes.functionalize import store
@@ -45,7 +46,7 @@ def read_slots(node: fx.Node, attributes: dict[fx.Node, object]) -> Slots:
             return "%"
         return repr(arg)
 
-    frame = (node.op, node.target, visit(node.args, 0), visit(node.kwargs, 0))
+    frame = (node.op, node.target, visit(node.args, 0), visit(node.kwargs, 0), regions(node))
     return Slots(leaves, frame)
 
 

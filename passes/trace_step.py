@@ -31,6 +31,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, m
 from snn_compile.errors import Reject
 from snn_compile.ir.recurrence import Carry, Const, Output, Recurrence, TimeSeries
 from snn_compile.ir.values import base_name
+from snn_compile.passes.autocast_regions import regions, under
 from snn_compile.passes.split_sums import SUMS, split_sums
 
 aten = torch.ops.aten
@@ -126,7 +127,8 @@ def vector_jacobian(body, operands, needs_grad, differentiable):  # type: ignore
         pairs = [(o, c) for o, c in zip((o for o, d in zip(out, differentiable, strict=True) if d), args[n:], strict=True)]
         pairs = [(o, c) for o, c in pairs if o.requires_grad]
         wanted = [leaf for leaf, g in zip(leaves, needs_grad, strict=True) if g]
-        return list(torch.autograd.grad([o for o, _ in pairs], wanted, [c for _, c in pairs], allow_unused=True))
+        with torch.autocast(operands[0].device.type, enabled=False):  # (a backward runs outside of it)
+            return list(torch.autograd.grad([o for o, _ in pairs], wanted, [c for _, c in pairs], allow_unused=True))
 
     with torch.no_grad():
         out = body(*operands)
@@ -258,7 +260,7 @@ def _remainder(a: torch.Tensor, b: torch.Tensor | float) -> torch.Tensor:
     return torch.where((rest != 0) & is_opposite, rest + b, rest).to(dtype)
 
 
-def _softshrink(x: torch.Tensor, lambd: float) -> torch.Tensor:
+def _softshrink(x: torch.Tensor, lambd: float = 0.5) -> torch.Tensor:
     """``x`` moved towards zero by ``lambd``, with one rounding."""
     dtype = x.dtype
     if dtype in (torch.bfloat16, torch.float16):
@@ -266,7 +268,7 @@ def _softshrink(x: torch.Tensor, lambd: float) -> torch.Tensor:
     return torch.where(x > lambd, x - lambd, torch.where(x < -lambd, x + lambd, x * 0)).to(dtype)
 
 
-def _shrink_backward(gradient: torch.Tensor, x: torch.Tensor, lambd: float) -> torch.Tensor:
+def _shrink_backward(gradient: torch.Tensor, x: torch.Tensor, lambd: float = 0.5) -> torch.Tensor:
     """The gradient of `hardshrink` and of `softshrink`: none between ``-lambd`` and ``lambd``."""
     return torch.where((x >= -lambd) & (x <= lambd), torch.zeros_like(gradient), gradient)
 
@@ -326,7 +328,8 @@ class StepInterpreter(fx.Interpreter):
     """Runs a torch-level step graph under `make_fx` and gives the ATen nodes the user's names."""
 
     def run_node(self, n: fx.Node):  # type: ignore[no-untyped-def]
-        result = super().run_node(n)
+        with under(regions(n)):
+            result = super().run_node(n)
         if n.op in ("call_function", "call_method"):
             _name_result(result, n)
         return result

@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from snn_compile.errors import Reject
 from snn_compile.ir.loop import Loop
 from snn_compile.ir.values import example
+from snn_compile.passes.autocast_regions import regions, switched_off, under
 from snn_compile.passes.inline import Inliner
 
 
@@ -46,9 +47,29 @@ def vmap_time(gm: fx.GraphModule, call: fx.Node, loop: Loop) -> list[fx.Node]:
         raise Reject(f"torch.vmap: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
     for node in traced.graph.find_nodes(op="call_function", target=DETACHED):
         node.target = torch.ops.aten.detach.default
+    _materialise_written(traced.graph)
     with gm.graph.inserting_before(call):
-        results: Sequence[fx.Node] = Inliner(traced, gm, call).inline(operands)
+        where = switched_off(loop.body.graph.nodes)  # (casts are among what was traced)
+        results: Sequence[fx.Node] = Inliner(traced, gm, call, where=where).inline(operands)
     return list(results)
+
+
+#: Ops that copy their first operand and write into the copy.
+_WRITING = ("index_add", "index_copy", "index_fill", "index_put", "index_reduce", "masked_scatter", "put", "scatter")
+
+
+def _materialise_written(graph: fx.Graph) -> None:
+    """``index_add(zeros.expand(T, N), ...)``: a copy of its own memory first. Inductor (2.11 to 2.15) lays its copy out like the
+    operand, with all steps in one place, and adds all of them there.
+    """
+    for node in [n for n in graph.nodes if n.op == "call_function"]:
+        operand = node.args[0] if node.args else None
+        value = operand.meta.get("val") if isinstance(operand, fx.Node) else None
+        name = getattr(node.target, "__name__", "").split(".")[0]
+        if isinstance(value, torch.Tensor) and name.startswith(_WRITING) and 0 in value.stride():
+            with graph.inserting_before(node):
+                copy = graph.call_function(torch.ops.aten.clone.default, (operand,), {"memory_format": torch.contiguous_format})
+            node.update_arg(0, copy)
 
 
 # ------------------------------------------------------------------------------------------------------------ detached
@@ -64,6 +85,10 @@ DETACHED: torch._ops.OpOverload = torch.ops.snn_compile.detached.default
 
 
 class _MarkingDetached(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> object:
+        with under(regions(n)):
+            return super().run_node(n)
+
     def call_method(self, target, args, kwargs):  # type: ignore[no-untyped-def]
         return DETACHED(*args) if target == "detach" else super().call_method(target, args, kwargs)
 

@@ -32,6 +32,7 @@ from snn_compile.lowering.lower_loops import lower_loop, make_recurrence, make_s
 from snn_compile.lowering.max_pool import max_pool2d
 from snn_compile.lowering.register_stepped import register_stepped
 from snn_compile.lowering.registration import is_kernel, register, saved_operands
+from snn_compile.passes.autocast_regions import name_regions, regions, restore_regions, under
 from snn_compile.passes.batch_time import batch_time, why_no_layers
 from snn_compile.passes.carry_statistics import (
     carry_statistics,
@@ -144,6 +145,9 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
         return report
     given = results_of(work.graph)
     inline_steps(work)
+    if not name_regions(work.graph):
+        report.rejections.append(Rejection("a region of autocast ends in another graph than it begins"))
+        return report
     read_steps_in_regions(work)
     specialize_floats(work)
     fold_sizes(work)
@@ -239,7 +243,8 @@ def _rewrite_inner(gm: fx.GraphModule, config: Config, report: Report) -> None:
         if not is_region(node, _REGIONS):
             continue
         name = node.args[0].target
-        new, inner = run_pipeline(getattr(gm, name), config)
+        with under(regions(node)):
+            new, inner = run_pipeline(getattr(gm, name), config)
         setattr(gm, name, new)
         report.loops += inner.loops
         report.recurrences += inner.recurrences
@@ -354,6 +359,7 @@ def _describe(recurrence: Recurrence, call: fx.Node, loop: Loop) -> None:
 
 
 def _finish(gm: fx.GraphModule) -> None:
+    restore_regions(gm.graph)
     for node in reversed(list(gm.graph.nodes)):
         if node.op == "get_attr" and not node.users:
             gm.graph.erase_node(node)

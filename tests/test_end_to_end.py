@@ -371,7 +371,7 @@ def ops_that_jump(x):
     out = []
     for t in range(x.shape[0]):
         phase = (phase + x[t]) % 0.7
-        soft = F.softshrink(soft * 0.5 + x[t], 0.3)
+        soft = F.softshrink(soft * 0.5 + x[t], 0.3) + F.softshrink(x[t])
         cut = F.hardshrink(cut * 0.5 + torch.where(torch.isinf(x[t]), 0.0, x[t]), 0.3)
         out.append(torch.stack((phase, soft, cut)))
     return torch.stack(out)

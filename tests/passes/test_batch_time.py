@@ -1,7 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 
+from snn_compile.backend import snn
 from snn_compile.errors import Reject
 from snn_compile.passes.batch_time import batch_time
 from snn_compile.passes.distribute import distribute
@@ -119,6 +121,27 @@ def test_what_vmap_batches_stays_detached():
     ((call, loop),) = captured.loops()
     vmap_time(captured.gm, call, loop)
     assert torch.ops.aten.detach.default in captured.targets()
+
+
+def test_what_vmap_makes_for_all_steps_is_written_into_by_each(fresh):
+    """``zeros(N)`` without a batch dim becomes ``zeros(N).expand(T, N)``, into which Inductor adds the steps on each other."""
+    places = torch.tensor([0, 2, 1, 0, 3])
+
+    def function(a):
+        v, out = torch.zeros(4), []
+        for t in range(a.shape[0]):
+            total = torch.zeros(4).index_add(0, places, a[t].sum(0)) + torch.zeros(4).index_put(
+                (places,), a[t, 0], accumulate=True
+            )
+            v = v * 0.5 + total
+            v = v - (v > 1.0).float()
+            out.append(v)
+        return torch.stack(out)
+
+    given = x()
+    with torch.no_grad():
+        got = torch.compile(function, backend=snn)(given)
+        assert torch.equal(got, function(given)) and counters["snn_compile"]["ops_time_batched"] > 0
 
 
 def test_reversed_time():

@@ -7,7 +7,7 @@ import torch
 from snn_compile.passes.effects import is_write
 from snn_compile.passes.functionalize import functionalize, store
 from snn_compile.passes.unroll import restore_writes
-from tests.passes.capture import capture, x
+from tests.passes.capture import capture, rerolled, x
 from tests.zoo import FilledIn
 
 
@@ -167,6 +167,45 @@ def test_a_tensor_is_filled_and_copied():
     captured = capture(filled_with_a_tensor, x())
     captured.check(functionalize)
     assert not any(is_write(n) for n in captured.gm.graph.nodes)
+
+
+def reshaped(a):
+    v, out = torch.zeros_like(a[0]).unsqueeze_(0), []
+    for t in range(a.shape[0]):
+        v = v * 0.5 + a[t].unsqueeze(0)
+        out.append((v - 0.5).squeeze_(0))
+    return torch.stack(out)
+
+
+def reshaped_between_writes(a):
+    v, out = torch.zeros_like(a[0]), []
+    for t in range(a.shape[0]):
+        v = v * 0.5 + a[t]
+        w = v * 2.0
+        w.add_(1.0).unsqueeze_(-1).mul_(2.0).transpose_(0, 1)
+        w.squeeze_(-1)
+        out.append(w + v.t())
+    return torch.stack(out), v
+
+
+def reshaped_back(a):
+    v, out = torch.zeros_like(a[0]), []
+    for t in range(a.shape[0]):
+        v = v * 0.5 + a[t]
+        v.unsqueeze_(-1)
+        s = v - 0.5
+        v.squeeze_(-1)
+        s.t_() if s.dim() == 2 else s.squeeze_(-1)
+        out.append(s)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("function", [reshaped, reshaped_between_writes, reshaped_back])
+def test_what_is_reshaped_in_place_has_the_sizes_of_its_time(function):
+    captured = rerolled(function, x())
+    assert not any(is_write(n) for n in captured.gm.graph.nodes)
+    for node in captured.gm.graph.find_nodes(op="call_function", target=torch.stack):
+        assert not captured.loops(), f"{node} is left"
 
 
 def near_miss_view_read_after_a_write(a):

@@ -250,6 +250,13 @@ def test_any_number_of_steps_and_lanes(steps: int, lanes: int) -> None:
     check(case, r, operands_of(r, steps, (lanes,)), steps)
 
 
+def test_a_kernel_refuses_another_dtype() -> None:
+    r = CASES["lif"].traced()
+    v, x = operands_of(r, 4, (5,))
+    with pytest.raises(TypeError, match=r"'x' is torch\.bfloat16, and the kernel"):
+        launch.run_forward(r, TARGET, [v, x.bfloat16()], 4)
+
+
 def test_no_steps_give_the_initial_state_and_pass_its_gradient_through() -> None:
     r = CASES["lif"].traced()
     v, x = operands_of(r, 0, (5,))
