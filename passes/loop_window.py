@@ -51,7 +51,7 @@ class Window:
         return {**node.meta, "example_value": wanting_grad(example(node), others)}
 
     def representative(self) -> fx.Node:
-        """The first op of a step that is of some place in the user's code: switches of autocast are not."""
+        """The first op of a step that is of some place in the user's code: what passes have added may not be."""
         step = [self.node(residue, self.template) for residue in range(self.period)]
         return next(filter(user_location, step), step[0])
 

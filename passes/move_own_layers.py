@@ -14,7 +14,7 @@ The layers of a network take turns: what goes to the back are the later ones, in
 
 Does not fire: a layer of a step's own that a state goes through, as in a deep network, whose layers look alike, too; draws of
 random numbers that would change their order; writes into a tensor that something else in the steps uses; a switch of gradients
-or autocast in the steps; nothing is carried in the rest.
+in the steps; nothing is carried in the rest.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class _Steps:
         return True
 
     def _switches_modes(self) -> bool:
-        """Gradients or autocast are switched between the ops (or who knows what a call does)."""
+        """Gradients are switched between the ops (or who knows what a call does)."""
         return any(has_effect(n) and not written(n) and not draws(n) for n in self.nodes)
 
     def _read_from_within(self, part: list[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> bool:

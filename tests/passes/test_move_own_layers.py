@@ -134,12 +134,6 @@ def deep_network(a, *own):
     return h
 
 
-def under_autocast(a, t, own, v):
-    with torch.autocast("cpu", torch.bfloat16):
-        y = F.linear(a[t], own[t])
-    return y.float()
-
-
 def without_gradients(a, t, own, v):
     with torch.no_grad():
         return F.linear(a[t], own[t])
@@ -153,7 +147,6 @@ NEAR_MISSES = {
     "deep network": deep_network,
     "recurrent weights": neurons(lambda a, t, own, v: a[t] + F.linear(v, own[t])),
     "draws on both sides": neurons(lambda a, t, own, v: F.linear(F.dropout(a[t]), own[t]), record=F.dropout),
-    "under autocast": neurons(under_autocast),
     "without gradients": neurons(without_gradients),
     "nothing is carried": nothing_is_carried,
 }
