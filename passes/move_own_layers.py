@@ -48,7 +48,7 @@ def _move_first(view: Graph) -> int:
     for repeat in find_repeats(view.tokens)[:MOST_REPEATS]:
         nodes = range(repeat.start, repeat.stop)
         is_within = 2 * len(seen.intersection(nodes)) > len(nodes)  # (what looks alike within the steps of a loop is not touched)
-        if is_within or any(view.nodes[i].meta.get(MOVED) for i in nodes):
+        if is_within or any(view.nodes[i].meta.get(MOVED) for i in nodes) or _takes_turns(view, repeat):
             continue
         seen.update(nodes)
         if not _changes_given(view, repeat):
@@ -67,6 +67,20 @@ def _changes_given(view: Graph, repeat: Repeat) -> bool:
     first = range(repeat.start, repeat.start + repeat.period)
     pairs = (zip(view.slots[i].leaves, view.slots[i + repeat.period].leaves, strict=True) for i in first)
     return any(a is not b and _is_given(a) and _is_given(b) for pair in pairs for a, b in pair)
+
+
+def _takes_turns(view: Graph, repeat: Repeat) -> bool:
+    """Whether the same few parameters come again and again: these are parts of a step that look alike, such as two networks."""
+    for first in range(repeat.start, repeat.start + repeat.period):
+        for column in zip(*(view.slots[i].leaves for i in range(first, repeat.stop, repeat.period)), strict=True):
+            if column[0] is not column[1] and all(map(_is_given, column)) and _is_periodic(column):
+                return True
+    return False
+
+
+def _is_periodic(column: tuple[object, ...]) -> bool:
+    lags = (lag for lag in range(2, len(column) // 2 + 1) if column[lag] is column[0])
+    return any(all(a is b for a, b in zip(column, column[lag:], strict=False)) for lag in lags)
 
 
 def _is_given(leaf: object) -> bool:

@@ -134,6 +134,22 @@ def deep_network(a, *own):
     return h
 
 
+def alike(count):
+    """Networks that take turns in a step, such as an actor and a critic."""
+
+    def function(a, *own):
+        states, out = [torch.zeros(4, N) for _ in range(count)], []
+        for t in range(T):
+            for i in range(count):
+                v = states[i] * 0.5 + F.linear(a[t], own[2 * i])
+                s = spike(v - 0.3)
+                states[i] = v - s
+                out.append(F.linear(s, own[2 * i + 1]))
+        return torch.stack(out)
+
+    return function
+
+
 def without_gradients(a, t, own, v):
     with torch.no_grad():
         return F.linear(a[t], own[t])
@@ -194,3 +210,10 @@ def test_a_tensor_that_the_steps_write_into(inside):
 def test_statistics_that_the_steps_read():
     captured = capture(neurons(normed, threshold=lambda t, own: own[t]), x(), *statistics())
     assert move_own_layers(captured.gm) == 0
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_networks_that_take_turns_are_one_loop(count):
+    captured = capture(alike(count), x(), *weights(N, N))
+    moved, loops = captured.check(rewrite)
+    assert moved == 0 and [(length, len(carries)) for length, carries in loops] == [(T, count)]
