@@ -2,7 +2,7 @@
 
     out = torch.empty(T, N)                 out = torch.empty(T, N)
     out[0] = s0                             out_1 = store(out, 0, s0)
-    acc += s0                     ->        acc_1 = acc + s0
+    acc += s0                     ->        acc_1 = acc + s0               also of `acc.to(x.device)`, where it is there already
     v[spiked] = 0.0                         v_1 = v.masked_fill(spiked, 0.0)
 
 A write is rewritten only where the tensor was made in this graph (it shares no storage with an input), the write goes to
@@ -45,6 +45,7 @@ def store(buffer: torch.Tensor, index: object, value: object) -> torch.Tensor:
 def functionalize(gm: fx.GraphModule) -> fx.GraphModule:
     """Rewrite `gm` in place; see the module's docstring."""
     _gather_attributes(gm.graph)
+    _drop_idle_conversions(gm.graph)
     detach_no_grad_regions(gm)
     _rewrite_forwards(gm)
     _replace_writes(gm.graph)
@@ -66,6 +67,20 @@ def _gather_attributes(graph: fx.Graph) -> None:
             else:
                 anchor.append(node)
             anchor = node
+
+
+#: Methods that give the tensor itself where it is already as they would make it.
+_CONVERSIONS = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "cpu", "cuda"}
+
+
+def _drop_idle_conversions(graph: fx.Graph) -> None:
+    """``torch.tensor(0.0).to(x.device) -> torch.tensor(0.0)``: a write into the one is a write into the other."""
+    for node in graph.nodes:
+        if node.op != "call_method" or node.target not in _CONVERSIONS:
+            continue
+        if storage_key(node) is not None and storage_key(node) == storage_key(node.args[0]):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 # --------------------------------------------------------------------------------------------------------------- writes

@@ -208,6 +208,19 @@ def test_what_is_reshaped_in_place_has_the_sizes_of_its_time(function):
         assert not captured.loops(), f"{node} is left"
 
 
+def accumulated_where_it_is(a):
+    v, total = torch.zeros_like(a[0]), torch.tensor(0.0).to(a.device)
+    for t in range(a.shape[0]):
+        v = v * 0.5 + a[t]
+        total += v.contiguous().sum()
+    return total, v.to(a)
+
+
+def test_a_conversion_that_changes_nothing_is_no_view():
+    captured = rerolled(accumulated_where_it_is, x())
+    assert not any(is_write(n) for n in captured.gm.graph.nodes)
+
+
 def near_miss_view_read_after_a_write(a):
     buffer = a * 1.0
     view = buffer[0]
