@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from snn_compile import backend
 from snn_compile.errors import Rejection
-from snn_compile.ir.equations import equations
+from snn_compile.ir.equations import equations, operand_names
 from snn_compile.ir.fire import op_name, passes_gradient, results, spike_of_state
 from snn_compile.ir.loop import Loop
 from snn_compile.ir.names import nice_name
@@ -182,9 +182,10 @@ def describe(recurrence: Recurrence) -> str:
     shape, steps = recurrence.meta.get("shape", ()), recurrence.meta.get("steps", "?")
     lines = [f"{recurrence.name}: {_here(recurrence.location) or 'a loop of unknown place'}"]
     lines.append(f"  time steps   {steps}, each over {list(shape)} ({_dtype(recurrence)})")
+    names = iter(operand_names(recurrence))
     for title, specs in (("states", recurrence.carries), ("inputs", recurrence.xs), ("parameters", recurrence.consts)):
         if specs:
-            lines.append(f"  {title:12} {', '.join(_name(s) for s in specs)}")
+            lines.append(f"  {title:12} {', '.join(_operand(s, next(names)) for s in specs)}")
     found = equations(recurrence)
     for i, line in enumerate(found):
         role = line.role if line.role and all(e.role != line.role for e in found[:i]) else ""
@@ -201,7 +202,7 @@ def describe_stepped(r: SteppedRecurrence) -> str:
     lines.append(f"  time steps   {r.meta.get('steps', '?')}, each a short program: its kernels and the calls between them")
     for title, specs in (("states", r.carries), ("inputs", r.xs), ("parameters", r.consts)):
         if specs:
-            lines.append(f"  {title:12} {', '.join(_name(s) for s in specs)}")
+            lines.append(f"  {title:12} {', '.join(_operand(s, nice_name(s.name)) for s in specs)}")
     if r.meta.get("is_by_channel"):
         lines.append(f"  {'runs':12} channel by channel: all steps and all of this as one kernel, where memory allows")
     programs = [("forward", r.forward)] + ([("backward", r.backward)] if r.backward is not None else [])
@@ -236,9 +237,8 @@ def _analysis(recurrence: Recurrence) -> list[str]:
     return lines
 
 
-def _name(spec: object) -> str:
+def _operand(spec: object, name: str) -> str:
     gradient = getattr(spec, "needs_grad", False) or getattr(spec, "init_needs_grad", False)
-    name = nice_name(spec.name)  # type: ignore[attr-defined]
     return f"{name} (wants a gradient)" if gradient else name
 
 
@@ -269,14 +269,15 @@ def _lanes(example: Tensor) -> int:
 
 def _fused(recurrence: Recurrence) -> str:
     ops = [n for n in recurrence.step.graph.nodes if n.op == "call_function"]
-    states = zip(recurrence.carries, recurrence.step.graph.find_nodes(op="placeholder"), results(recurrence.step), strict=False)
-    totals = [carry for carry, before, after in states if _accumulates(before, after)]
+    names = operand_names(recurrence)[: len(recurrence.carries)]
+    states = zip(names, recurrence.step.graph.find_nodes(op="placeholder"), results(recurrence.step), strict=False)
+    totals = [name for name, before, after in states if _accumulates(before, after)]
     text = f"{_count(len(ops), 'op')} a step in one kernel"
     members = recurrence.meta.get("fused", [])
     if members:
         text += f", of {_count(len(members), 'recurrence')} over one series: {', '.join(_members(members))}"
     if totals:
-        text += f"; {', '.join(nice_name(c.name) for c in totals)} summed in it, not stored step by step"
+        text += f"; {', '.join(totals)} summed in it, not stored step by step"
     return text
 
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import snn_compile
 from snn_compile import backend, outer_loop
 from snn_compile.explain import GraphBreak
+from snn_compile.ir.equations import operand_names
 from snn_compile.pipeline import COUNTERS
 from tests import zoo
 
@@ -435,3 +436,22 @@ def test_kernels_of_a_batch_norm_in_the_potential_are_those_that_run() -> None:
     assert all("all steps of a channel at a time" in text for _, _, text in found.kernels)
     compiled = torch.compile(copy.deepcopy(node), backend="snn", options={"step_from": 2})
     assert torch.equal(compiled(x), node(x))
+
+
+def test_states_are_listed_by_the_names_of_the_equations() -> None:
+    def two_of_one_name(x):
+        states, out = [torch.zeros_like(x[0]), torch.zeros_like(x[0])], []
+        for t in range(x.shape[0]):
+            for i, decay in enumerate((0.5, 0.9)):
+                v = states[i] * decay + x[t]
+                s = (v >= 1.0).float()
+                states[i] = v - s
+                out.append(s)
+        return torch.stack(out)
+
+    found = snn_compile.explain(two_of_one_name)(torch.randn(6, 4))
+    (recurrence,) = found.recurrences
+    names = operand_names(recurrence)[: len(recurrence.carries)]
+    assert len(set(names)) == len(names) == 2
+    assert f"states       {', '.join(names)}\n" in str(found)
+    assert all(f"{name}' = " in str(found) for name in names)

@@ -45,6 +45,15 @@ def equations(recurrence: Recurrence) -> list[Equation]:
         ]
 
 
+def operand_names(recurrence: Recurrence) -> list[str]:
+    """States, inputs and parameters in the names that they have in the equations."""
+    try:
+        written = _Writer(recurrence)
+        return [written.names[p] for p in written.placeholders]
+    except Exception:  # as above
+        return [nice_name(o.name) for o in recurrence.operands]
+
+
 def writer(recurrence: Recurrence) -> Infix:
     """Writes the values of the step in the names that `equations` gives them."""
     return _Writer(recurrence).infix
