@@ -28,7 +28,9 @@ from snn_compile.passes.loop_window import Window
 from snn_compile.passes.number_series import is_computed_wider, is_rounded_by, number_series
 from snn_compile.passes.relate_iterations import Column
 
+#: Of what reads no time series, and of what does.
 OWN_WEIGHTS = "has weights of its own every time: layers, one after another, rather than steps"
+STEPS_OWN_WEIGHTS = "has weights of its own in every step, which are too large to be read like a time series"
 
 
 @dataclass
@@ -57,10 +59,22 @@ class LoopBody:
         #: residue of ``out[t] = s`` -> dim, first index, reverse
         self.stores: dict[int, tuple[int, int, bool]] = {}
         self._series: dict[object, fx.Node] = {}
+        if not window.run.reads_time():
+            self._check_layers()
         for residue in range(window.period):
             self.values[residue] = self._emit(residue)
         #: what each carry is in the next iteration
         self.next = list(self._next_carries())
+
+    def _check_layers(self) -> None:
+        """Layers look alike, too: whatever else differs between them, the reason is that they are no steps."""
+        window = self.window
+        for residue in range(window.period):
+            for slot, column in enumerate(window.columns(residue)):
+                if column.kind == "series" and not column.step:
+                    steps = (t for t in range(window.count) if window.exists(residue, t))
+                    if all(_is_weight(window.leaves(residue, t)[slot]) for t in steps):
+                        raise _own_weights(window.node(residue, window.template), OWN_WEIGHTS)
 
     def _emit(self, residue: int) -> fx.Node:
         window = self.window
@@ -300,12 +314,18 @@ class LoopBody:
 
 
 def _not_one_series(node: fx.Node, slot: int, column: list[object]) -> Reject:
-    what = f"'{user_line(node) or node.name}'"
-    if all(isinstance(c, fx.Node) and isinstance(example(c), torch.nn.Parameter) for c in column):
-        reason = f"{what} {OWN_WEIGHTS}"
-    else:
-        reason = f"operand {slot} of {what} is another tensor in every step"
-    return Reject(reason, node=node, location=user_location(node))
+    if all(map(_is_weight, column)):
+        return _own_weights(node, STEPS_OWN_WEIGHTS)
+    what = f"operand {slot} of '{user_line(node) or node.name}'"
+    return Reject(f"{what} is another tensor in every step", node=node, location=user_location(node))
+
+
+def _is_weight(operand: object) -> bool:
+    return isinstance(operand, fx.Node) and isinstance(example(operand), torch.nn.Parameter)
+
+
+def _own_weights(node: fx.Node, reason: str) -> Reject:
+    return Reject(f"'{user_line(node) or node.name}' {reason}", node=node, location=user_location(node))
 
 
 def _check_init(start: object, source: fx.Node, reader: fx.Node, leaves: list[object], slot: int) -> None:

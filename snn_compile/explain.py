@@ -137,8 +137,7 @@ class Explanation:
         step = max(len(loop.body.graph.nodes) for loop in self.loops)
         if 0 < rejection.ops <= step:  # layers that look alike, inside of one step
             return True
-        every = max(loop.length * len(loop.body.graph.nodes) for loop in self.loops)
-        if OWN_WEIGHTS in rejection.reason and rejection.ops >= 2 * every:  # layers that look alike, with their time loops
+        if OWN_WEIGHTS in rejection.reason:  # layers that look alike, with their time loops
             return True
         searching = look_alike or "nothing is carried" in rejection.reason
         return bool(searching) or not rejection.location or any(r in rejection.reason for r in ("an index", NO_SERIES))

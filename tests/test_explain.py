@@ -72,6 +72,28 @@ def test_layers_one_after_another_are_no_steps() -> None:
     assert "weights of its own every time: layers, one after another" in text and "to change" not in text
 
 
+def test_layers_of_several_sizes_are_no_refused_steps() -> None:
+    sizes = [(5, 5), (5, 5), (5, 9), (9, 9), (9, 9), (9, 9)]
+    layers = [(nn.Linear(*size), nn.LayerNorm(size[1]), nn.ReLU()) for size in sizes]
+    net = nn.Sequential(*(m for layer in layers for m in layer), snn_compile.neuron.LIFNode(step_mode="m"))
+    found = snn_compile.explain(net)(torch.randn(4, 3, 5))
+    assert len(found.recurrences) == 1 and "Left to Inductor" not in str(found)
+    assert "one after another" in found.verbose()
+
+
+def test_steps_with_large_weights_of_their_own_are_refused() -> None:
+    weights = torch.nn.ParameterList(torch.randn(64, 64) for _ in range(6))
+
+    def net(x):
+        v, out = torch.zeros_like(x[0]), []
+        for t in range(6):
+            v = v * 0.5 + x[t] + torch.nn.functional.linear(v, weights[t])
+            out.append((v >= 1.0).float())
+        return torch.stack(out)
+
+    assert "has weights of its own in every step" in str(snn_compile.explain(net)(torch.randn(6, 2, 64)))
+
+
 def numbers_that_change(x):
     v, out = torch.zeros_like(x[0]), []
     for t in range(len(x)):
