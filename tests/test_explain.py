@@ -72,13 +72,13 @@ def test_layers_one_after_another_are_no_steps() -> None:
     assert "weights of its own every time: layers, one after another" in text and "to change" not in text
 
 
-def test_layers_of_several_sizes_are_no_refused_steps() -> None:
-    sizes = [(5, 5), (5, 5), (5, 9), (9, 9), (9, 9), (9, 9)]
-    layers = [(nn.Linear(*size), nn.LayerNorm(size[1]), nn.ReLU()) for size in sizes]
-    net = nn.Sequential(*(m for layer in layers for m in layer), snn_compile.neuron.LIFNode(step_mode="m"))
-    found = snn_compile.explain(net)(torch.randn(4, 3, 5))
-    assert len(found.recurrences) == 1 and "Left to Inductor" not in str(found)
-    assert "one after another" in found.verbose()
+def test_layers_beside_a_neuron_are_no_refused_steps() -> None:
+    """Whether they are all alike, or of sizes that change half way."""
+    for sizes in ([(5, 5)] * 12, [(5, 5)] * 6 + [(5, 9)] + [(9, 9)] * 6):
+        layers = [m for size in sizes for m in (nn.Linear(*size), nn.Tanh())]
+        found = snn_compile.explain(nn.Sequential(snn_compile.neuron.LIFNode(step_mode="m"), *layers))(torch.randn(16, 3, 5))
+        assert len(found.recurrences) == 1 and "Left to Inductor" not in str(found)
+        assert "one after another" in found.verbose()
 
 
 def test_steps_with_large_weights_of_their_own_are_refused() -> None:
