@@ -37,7 +37,7 @@ from snn_compile.passes.loop_results import laid_out, stacked_example
 from snn_compile.passes.views import RESIZING, STRETCHING
 from snn_compile.passes.vmap_time import vmap_time
 
-CARRIED = "a state is carried through it"
+CARRIED = "it reads what the step before has made of"
 NO_SERIES = "it reads no time series"
 
 #: Says whether the node treats dim 0 of its first operand (`BATCHED`: its first operands) as a batch; the other operands are
@@ -154,7 +154,7 @@ def _over_all_steps(gm: fx.GraphModule, call: fx.Node, loop: Loop, infos: dict[f
 def why_no_layers(loop: Loop, infos: dict[fx.Node, OpInfo]) -> Rejection | None:
     """Why a loop is not one of layers with the same weights in all steps, and nothing random among them."""
     if loop.carries:  # (with the last step's value as its only result, there is nothing to batch)
-        return Rejection(CARRIED, loop.name, loop.location)
+        return Rejection(f"{CARRIED} '{loop.carries[0].name}'", loop.name, loop.location)
     if all(info.pointwise for info in infos.values()):
         return Rejection("it holds no layer", loop.name, loop.location)
     if not all(info.pure for info in infos.values()):
@@ -168,8 +168,9 @@ def why_no_layers(loop: Loop, infos: dict[fx.Node, OpInfo]) -> Rejection | None:
 
 
 def _check(loop: Loop, infos: dict[fx.Node, OpInfo]) -> None:
-    if any(p.users for p in loop.placeholders()[: len(loop.carries)]):
-        raise Reject(CARRIED, location=loop.location)
+    for placeholder, carry in zip(loop.placeholders(), loop.carries, strict=False):
+        if placeholder.users:
+            raise Reject(f"{CARRIED} '{carry.name}'", location=loop.location)
     if not loop.xs:
         raise Reject(NO_SERIES, location=loop.location)
 

@@ -67,6 +67,7 @@ from snn_compile.passes.reroll import reroll
 from snn_compile.passes.roll_scan import roll_scans
 from snn_compile.passes.separate_results import results_of, separate_results
 from snn_compile.passes.separate_saved import separate_saved
+from snn_compile.passes.shift_series import shift_series
 from snn_compile.passes.specialize import (
     drop_unread_sizes,
     fold_sizes,
@@ -276,6 +277,7 @@ def _batch_time(gm: fx.GraphModule, report: Report) -> None:
     for call, loop in loop_calls(gm):
         if loop.is_recurrent:
             continue
+        shift_series(gm, call, loop)
         try:
             count = batch_time(gm, call, loop, classify(loop, is_pointwise_op))
         except Reject as r:
