@@ -10,7 +10,7 @@ from torch import fx
 from snn_compile.config import Config
 from snn_compile.errors import Rejection
 from snn_compile.ir.loop import Loop
-from snn_compile.ir.values import base_name, example
+from snn_compile.ir.values import base_name, count_text, example, known_int
 from snn_compile.lowering import ops
 from snn_compile.lowering.by_channel import suits_channels
 from snn_compile.lowering.channel_program import channel_shapes
@@ -46,12 +46,13 @@ def why_not(loop: Loop, config: Config) -> Rejection | None:
     groups = find_groups(loop, infos, ignore=find_invariant(loop, infos))
     kernels = [g for g in groups if g.is_kernel and not _counts(g)]
     count = sum(len(g.nodes) for g in kernels)
-    if kernels and (loop.length - 1) * count < FEWEST_OPS:
-        reason = f"{loop.length} steps of {count} ops: Inductor fuses them as they are"
+    steps = known_int(loop.length)
+    if kernels and steps is not None and (steps - 1) * count < FEWEST_OPS:
+        reason = f"{steps} steps of {count} ops: Inductor fuses them as they are"
         return Rejection(reason, loop.name, loop.location)
     if kernels:
         return _why_growing(loop, groups)
-    is_long = loop.length >= config.step_from
+    is_long = not loop.is_shorter(config.step_from)
 
     def gains(group: Group) -> bool:  # (a product in place of a convolution is worth it unrolled, too)
         return is_long or runs_by_channel(group.nodes, infos) or any(map(is_at_one_position, group.nodes))
@@ -98,7 +99,7 @@ def _is_checkpoint(node: fx.Node) -> bool:
 
 
 def step_from(loop: Loop) -> str:
-    return f"options={{'step_from': {loop.length}}} runs it as a program of kernels and calls"
+    return f"options={{'step_from': {count_text(loop.length)}}} runs it as a program of kernels and calls"
 
 
 def may_step(groups: list[Group], infos: dict[fx.Node, OpInfo]) -> bool:

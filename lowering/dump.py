@@ -12,6 +12,7 @@ from torch._logging import getArtifactLogger
 from snn_compile.ir.loop import loop_calls
 from snn_compile.ir.recurrence import Recurrence
 from snn_compile.ir.stepped import SteppedRecurrence
+from snn_compile.ir.values import hint
 from snn_compile.lowering.kernel_texts import kernel_texts, stepped_texts
 from snn_compile.lowering.launch import Direction
 
@@ -64,7 +65,7 @@ def texts_for_logs(of: Recurrence | SteppedRecurrence) -> list[tuple[Direction, 
     try:
         if isinstance(of, SteppedRecurrence):
             return stepped_texts(of, of.meta["device"])
-        return kernel_texts(of, of.meta["operands"], of.meta["steps"])
+        return kernel_texts(of, of.meta["operands"], hint(of.meta["steps"]))
     except Exception:
         log.debug("no kernel texts for %s", of.name, exc_info=True)
         return []

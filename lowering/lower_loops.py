@@ -19,7 +19,7 @@ from snn_compile.ir.stepped import SteppedRecurrence
 from snn_compile.ir.values import example, is_getitem, known_layout, shape_hint, shape_key
 from snn_compile.lowering import ops
 from snn_compile.lowering.registration import is_kernel
-from snn_compile.passes.emit import emit
+from snn_compile.passes.emit import emit, number_of_steps
 from snn_compile.passes.hoist_creations import inline_creations, number_of
 from snn_compile.passes.loop_results import laid_out
 from snn_compile.passes.trace_step import StepInterpreter, trace_step
@@ -104,7 +104,7 @@ def lower_loop(gm: fx.GraphModule, call: fx.Node, loop: Loop, op: torch._ops.OpO
     graph = gm.graph
     with graph.inserting_before(call):
         operands: list[Any] = [a if is_differentiable else _detached(graph, a) for a in call.args]
-        new = graph.call_function(op, (*operands, loop.length))
+        new = graph.call_function(op, (*operands, number_of_steps(call, loop)))
         new.meta = dict(call.meta)
         results = op._schema.returns
         users = list(call.users)

@@ -32,7 +32,7 @@ from snn_compile.ir.values import example, is_getitem, known_int, shape_key, sto
 from snn_compile.passes.autocast_regions import regions
 from snn_compile.passes.batch_norm_over_time import batch_norm_over_time, check_batch_norm
 from snn_compile.passes.classify import AUTOGRAD_FUNCTION, OpInfo
-from snn_compile.passes.emit import attribute, emit, emit_copy, emit_function, replace_by_results
+from snn_compile.passes.emit import attribute, emit, emit_copy, emit_function, number_of_steps, replace_by_results
 from snn_compile.passes.loop_results import laid_out, stacked_example
 from snn_compile.passes.views import RESIZING, STRETCHING
 from snn_compile.passes.vmap_time import vmap_time
@@ -175,7 +175,7 @@ def _check(loop: Loop, infos: dict[fx.Node, OpInfo]) -> None:
         raise Reject(NO_SERIES, location=loop.location)
 
 
-def _output(call: fx.Node, series: fx.Node, y: LoopOutput, length: int) -> fx.Node:
+def _output(call: fx.Node, series: fx.Node, y: LoopOutput, length: int | torch.SymInt) -> fx.Node:
     """A series as `stack` gives it: in memory of its own, and laid out so that a `view` may follow."""
     graph = call.graph
     series = emit(graph, "call_method", "flip", (series, 0), {}) if y.reverse else series
@@ -209,7 +209,8 @@ def _fold_time(gm: fx.GraphModule, call: fx.Node, loop: Loop, infos: dict[fx.Nod
             env[node] = emit(graph, node.op, node.target, args, kwargs, where=regions(node))
         env[node].meta = {**node.meta, **env[node].meta}
     next_carries, values = loop.results()
-    series = {v: _unfold(graph, env[v], loop.length) for v in dict.fromkeys((*values, *next_carries))}
+    steps = number_of_steps(call, loop)
+    series = {v: _unfold(graph, env[v], steps) for v in dict.fromkeys((*values, *next_carries))}
     return [series[v] for v in (*next_carries, *values)]
 
 
@@ -225,8 +226,8 @@ def _sizes_behind_batch(node: fx.Node) -> list[int] | None:
     return sizes if is_kept and None not in sizes else None  # type: ignore[return-value]
 
 
-def _unfold(graph: fx.Graph, node: fx.Node, length: int) -> fx.Node:
-    return emit(graph, "call_method", "unflatten", (node, 0, (length, -1)), {})
+def _unfold(graph: fx.Graph, node: fx.Node, steps: int | fx.Node) -> fx.Node:
+    return emit(graph, "call_method", "unflatten", (node, 0, (steps, -1)), {})
 
 
 def _check_folds(loop: Loop, infos: dict[fx.Node, OpInfo]) -> None:
@@ -238,6 +239,8 @@ def _check_folds(loop: Loop, infos: dict[fx.Node, OpInfo]) -> None:
     folded = set(placeholders[n : n + m])
     for node, info in infos.items():
         if node.target is F.batch_norm and info.writes:
+            if known_int(loop.length) is None:
+                raise Reject("a batch norm in training mode, over steps whose number is not known", location=loop.location)
             check_batch_norm(node, folded)
         elif not ((info.pure or not info.writes) and _is_batched(node, info, folded)):
             reason = f"'{_name(node.target)}' is not known to treat its first dim as a batch"

@@ -22,20 +22,25 @@ import torch
 from torch import fx
 
 from snn_compile.ir.loop import Loop, LoopCarry
-from snn_compile.ir.values import example
+from snn_compile.ir.values import example, known_int
 from snn_compile.passes.classify import OpInfo
 from snn_compile.passes.emit import copy_of, emit, replace_by_results
+from snn_compile.passes.loop_results import stacked_example
 
 GIB = 1 << 30
 
 
-def chunk_length(loop: Loop, infos: dict[fx.Node, OpInfo], option: str | int) -> int:
-    """Steps of a stretch: `option`, or for ``"auto"`` as many as fit into max(2 x eager's peak, 1 GiB)."""
-    if isinstance(option, int):
-        return option
+def chunk_length(loop: Loop, infos: dict[fx.Node, OpInfo], option: str | int) -> int | None:
+    """Steps of a stretch: `option`, or for ``"auto"`` as many as fit into max(2 x eager's peak, 1 GiB).
+
+    None, which is all of them, where nobody knows yet how many there are.
+    """
+    steps = known_int(loop.length)
+    if isinstance(option, int) or steps is None:
+        return None if steps is None else option  # type: ignore[return-value]
     step, eager = made_by_step(infos), held_by_eager(loop, infos)
-    stretches = math.ceil(loop.length * step / max(2 * eager, GIB))
-    return math.ceil(loop.length / max(1, min(stretches, loop.length)))
+    stretches = math.ceil(steps * step / max(2 * eager, GIB))
+    return math.ceil(steps / max(1, min(stretches, steps)))
 
 
 def made_by_step(infos: dict[fx.Node, OpInfo]) -> int:
@@ -62,16 +67,17 @@ def _bytes(value: object) -> int:
     return value.numel() * value.element_size()
 
 
-def chunk_time(gm: fx.GraphModule, call: fx.Node, loop: Loop, length: int) -> list[tuple[fx.Node, Loop]]:
+def chunk_time(gm: fx.GraphModule, call: fx.Node, loop: Loop, length: int | None) -> list[tuple[fx.Node, Loop]]:
     """Replace `call` by calls over stretches of `length` steps (the last may be shorter); gives the new calls and loops."""
-    if length >= loop.length or any(x.reverse for x in loop.xs) or any(y.reverse for y in loop.ys):
+    total = known_int(loop.length)
+    if length is None or total is None or length >= total or any(x.reverse for x in loop.xs) or any(y.reverse for y in loop.ys):
         return [(call, loop)]
     graph, n = gm.graph, len(loop.carries)
     inits, xs, consts = loop.split(call.args)
     carries, made, parts = list(inits), list[tuple[fx.Node, Loop]](), list[list[fx.Node]]()
     with graph.inserting_before(call):
-        for start in range(0, loop.length, length):
-            steps = min(length, loop.length - start)
+        for start in range(0, total, length):
+            steps = min(length, total - start)
             part = _part(loop, len(made), steps)
             gm.add_submodule(part.name, part)
             now = [emit(graph, "call_method", "narrow", (x, 0, start, steps), {}) for x in xs]
@@ -98,7 +104,7 @@ def _part(loop: Loop, number: int, steps: int) -> Loop:
 
 def _values(part: Loop) -> Sequence[torch.Tensor]:
     """Examples of the results: outputs over time, then states."""
-    ys = [torch.stack([y.example] * part.length, y.dim) for y in part.ys]
+    ys = [stacked_example(y, part.length) for y in part.ys]
     return [*ys, *(c.example for c in part.carries)]
 
 

@@ -29,6 +29,7 @@ from snn_compile.ir.loop import Loop, LoopCarry, LoopInput, LoopOutput
 from snn_compile.ir.values import base_name, example, shape_hint
 from snn_compile.passes.classify import OpInfo, aliases
 from snn_compile.passes.emit import replace_by_results
+from snn_compile.passes.loop_results import stacked_example
 
 
 @dataclass
@@ -307,7 +308,7 @@ class _Splitter:
             return node
 
         for i, (spec, value, which) in enumerate(builder.outputs):
-            stacked = torch.stack([spec.example] * loop.length, spec.dim)
+            stacked = stacked_example(spec, loop.length)
             node = result(i, stacked)
             if which is not None:
                 self.y_node[which] = node

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from snn_compile.errors import VerificationError
 from snn_compile.ir.loop import Loop
-from snn_compile.ir.values import example, flat_nodes
+from snn_compile.ir.values import example, flat_nodes, size_key
 from snn_compile.passes.autocast_regions import Regions, put_into, regions, under
 
 
@@ -22,6 +24,21 @@ def emit(  # type: ignore[no-untyped-def]
     node.meta["example_value"] = _run(op, target, args, kwargs, where)
     put_into(node, where)
     return node
+
+
+def number_of_steps(call: fx.Node, loop: Loop) -> int | fx.Node:
+    """The length of a loop as an operand of an op before `call`: where it is symbolic, the size that it is in the graph."""
+    if isinstance(loop.length, int):
+        return loop.length
+    wanted = size_key(loop.length)
+    for node in itertools.takewhile(lambda n: n is not call, call.graph.nodes):
+        value = example(node)
+        if isinstance(value, torch.SymInt) and size_key(value) == wanted:
+            return node
+        if isinstance(value, Tensor) and wanted in (sizes := [size_key(s) for s in value.shape]):
+            with call.graph.inserting_before(call):
+                return emit(call.graph, "call_method", "size", (node, sizes.index(wanted)), {})
+    raise VerificationError(f"{loop.name}: no value before it has its length")
 
 
 def attribute(gm: fx.GraphModule, loop: Loop, node: fx.Node) -> fx.Node:

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from snn_compile.ir.loop import Loop, LoopConst, LoopInput
-from snn_compile.ir.values import base_name, example, is_getitem
+from snn_compile.ir.values import base_name, example, is_getitem, shape_key, size_key
 from snn_compile.passes.classify import IsPointwiseOp, classify
 from snn_compile.passes.effects import is_write, memory_touched, memory_written
 
@@ -52,15 +52,16 @@ def _fuse(gm: fx.GraphModule, call: fx.Node, loop: Loop, output: fx.Node, is_poi
     return True
 
 
-def _is_step_by_step(consumer: fx.Node, output: fx.Node, others: list[fx.Node], length: int) -> bool:
+def _is_step_by_step(consumer: fx.Node, output: fx.Node, others: list[fx.Node], length: int | torch.SymInt) -> bool:
     """Step t of the result is the op on step t of its operands, or on operands that have no time dim."""
     value, result = example(output), example(consumer)
-    if not isinstance(result, torch.Tensor) or result.shape != value.shape or value.dim() < 2:
+    if not isinstance(result, torch.Tensor) or shape_key(result) != shape_key(value) or value.dim() < 2:
         return False
     examples = [example(o) for o in others]
     if any(not isinstance(e, torch.Tensor) or e.device != value.device for e in examples):
         return False
-    return all((e.dim() == value.dim() and e.shape[0] == length) or e.dim() < value.dim() for e in examples)
+    steps = size_key(length)
+    return all((e.dim() == value.dim() and shape_key(e)[0] == steps) or e.dim() < value.dim() for e in examples)
 
 
 def _may_move(graph: fx.Graph, call: fx.Node, consumer: fx.Node, others: list[fx.Node]) -> bool:

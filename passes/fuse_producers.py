@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from snn_compile.ir.loop import Loop
-from snn_compile.ir.values import example
-from snn_compile.passes.emit import emit
+from snn_compile.ir.values import example, shape_key, size_key
+from snn_compile.passes.emit import emit, number_of_steps
 from snn_compile.passes.fixed_batch_norm import arguments, is_fixed_batch_norm
 from snn_compile.passes.fuse_consumers import add_operand
 
@@ -44,7 +44,7 @@ def _fuse(gm: fx.GraphModule, call: fx.Node, loop: Loop, place: int) -> bool:
     if not is_fixed_batch_norm(norm, [given[name] for name in parameters]):
         return False
     with gm.graph.inserting_before(call):
-        raw = emit(gm.graph, "call_method", "unflatten", (given["input"], 0, (loop.length, -1)), {})
+        raw = emit(gm.graph, "call_method", "unflatten", (given["input"], 0, (number_of_steps(call, loop), -1)), {})
     call.update_arg(place, raw)
     placeholder, body = loop.placeholders()[place], loop.body.graph
     placeholder.meta = {**placeholder.meta, "example_value": example(raw)[0]}
@@ -62,11 +62,14 @@ def _fuse(gm: fx.GraphModule, call: fx.Node, loop: Loop, place: int) -> bool:
     return True
 
 
-def _normalised(series: fx.Node, length: int) -> fx.Node | None:
+def _normalised(series: fx.Node, length: int | torch.SymInt) -> fx.Node | None:
     """The batch norm whose result `series` is, split into steps; None where it is anything else, or has another reader."""
     source = series.args[0] if series.target in SPLITS and series.args else None
     if not isinstance(source, fx.Node) or source.target is not F.batch_norm or len(series.users) > 1 or len(source.users) > 1:
         return None
-    split, whole = example(series).shape, example(source).shape
-    is_split = split[0] == length and split[0] * split[1] == whole[0] and split[2:] == whole[1:]
-    return source if len(split) == len(whole) + 1 and is_split else None
+    split, whole = shape_key(example(series)), shape_key(example(source))
+    if len(split) != len(whole) + 1:
+        return None
+    time, batch, *_ = example(series).shape
+    is_split = split[0] == size_key(length) and size_key(time * batch) == whole[0] and split[2:] == whole[1:]
+    return source if is_split else None

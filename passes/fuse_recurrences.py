@@ -25,7 +25,7 @@ import torch
 from torch import fx
 
 from snn_compile.ir.recurrence import Recurrence
-from snn_compile.ir.values import example, hint, shape_hint
+from snn_compile.ir.values import example, hint, shape_hint, size_key
 from snn_compile.passes.effects import is_grad_switch, is_write, memory_touched, memory_written
 from snn_compile.passes.fuse_consumers import may_write
 from snn_compile.passes.merge_recurrences import Fusion, Traced, operand_key, value_key
@@ -62,7 +62,7 @@ def fuse_recurrences(gm: fx.GraphModule, traced: Sequence[Traced]) -> list[Trace
 def _gains(a: Traced, b: Traced) -> bool:
     """Both read a series of the full shape, in the same direction, over the same steps and lanes, laid out alike."""
     lanes = _lanes(a)
-    if a.steps != b.steps or lanes != _lanes(b) or _strides(a, lanes) != _strides(b, lanes):
+    if size_key(a.steps) != size_key(b.steps) or lanes != _lanes(b) or _strides(a, lanes) != _strides(b, lanes):
         return False
     states = len(a.recurrence.carries) + len(b.recurrence.carries)
     if states > MOST_STATES[any(t.recurrence.backward is not None for t in (a, b))]:

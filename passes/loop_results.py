@@ -24,8 +24,13 @@ def stack_of(node: fx.Node) -> tuple[list[object], int] | None:
     return None
 
 
-def stacked_example(y: LoopOutput, count: int) -> torch.Tensor:
+def stacked_example(y: LoopOutput, count: int | torch.SymInt) -> torch.Tensor:
+    """``torch.stack([value] * count, dim)``; of a symbolic count, a tensor laid out like it."""
     value = y.example
+    if not isinstance(count, int):
+        assert y.dim == 0, "a scan stacks in front"
+        two = torch.stack([value] * 2)
+        return two.new_empty_strided((count, *value.shape), two.stride()).requires_grad_(value.requires_grad)
     return value.unsqueeze(y.dim).repeat_interleave(1, 0) if count == 1 else torch.stack([value] * count, y.dim)
 
 

@@ -30,7 +30,7 @@ class Traced:
 
     call: fx.Node
     recurrence: Recurrence
-    steps: int
+    steps: int | torch.SymInt
 
 
 def operand_key(spec: object, operand: object) -> tuple[object, ...]:

@@ -41,7 +41,7 @@ def specialize_floats(gm: fx.GraphModule) -> None:
         if not isinstance(value, torch.SymFloat) or node.op == "placeholder" or free_unbacked_symbols(value):
             continue
         number = value.node.guard_float("", 0)
-        _replace_by(node, number)
+        replace_by_number(node, number)
         if not node.users:
             gm.graph.erase_node(node)
 
@@ -67,6 +67,18 @@ def specialize_sizes(values: Iterable[object]) -> None:
         for size in sizes:
             if isinstance(size, torch.SymInt) and not _is_declared_dynamic(size):
                 int(size)
+
+
+def specialize_length(length: int | torch.SymInt) -> int | None:
+    """The number of steps, fixed with a guard where it is symbolic only because an earlier call had another.
+
+    None where the caller declared it dynamic. (Not only for the first few lengths, as sizes are: what cannot be unrolled
+    cannot be compiled, and a function that is traced too often runs in eager.)
+    """
+    known = known_int(length)
+    if known is None and torch._dynamo.config.assume_static_by_default and not _is_declared_dynamic(length):  # type: ignore[arg-type]
+        return int(length)
+    return known
 
 
 def _is_declared_dynamic(size: torch.SymInt) -> bool:
@@ -106,7 +118,7 @@ def fold_sizes(gm: fx.GraphModule) -> None:
     for node in arithmetic:
         number = known_int(example(node))
         if number is not None:
-            _replace_by(node, number)
+            replace_by_number(node, number)
     for node in reversed([n for n in gm.graph.nodes if n in arithmetic or n.target in COMPARISONS]):
         if not node.users:
             gm.graph.erase_node(node)
@@ -119,7 +131,8 @@ def _is_size_arithmetic(node: fx.Node) -> bool:
     return is_operator and not any(isinstance(example(n), torch.Tensor) for n in (node, *node.all_input_nodes))
 
 
-def _replace_by(node: fx.Node, number: float) -> None:
+def replace_by_number(node: fx.Node, number: float) -> None:
+    """Its readers get the number; the node stays."""
     for user in list(node.users):
         user.args = fx.node.map_arg(user.args, lambda n: number if n is node else n)
         user.kwargs = fx.node.map_arg(user.kwargs, lambda n: number if n is node else n)

@@ -18,15 +18,16 @@ from snn_compile.passes.functionalize import is_alias, store
 
 
 def unroll(gm: fx.GraphModule, call: fx.Node, loop: Loop) -> None:
-    """Inline `loop` at `call` and drop both."""
-    graph = gm.graph
+    """Inline `loop`, whose length is a number, at `call` and drop both."""
+    graph, length = gm.graph, loop.length
+    assert isinstance(length, int)
     inits, xs, consts = loop.split(call.args)
     carries = list(inits)
     placeholders = loop.placeholders()
     steps: list[list[fx.Node]] = []
     with graph.inserting_before(call):
-        for t in range(loop.length):
-            now = [_read(graph, x, loop.length - 1 - t if s.reverse else t) for x, s in zip(xs, loop.xs, strict=True)]
+        for t in range(length):
+            now = [_read(graph, x, length - 1 - t if s.reverse else t) for x, s in zip(xs, loop.xs, strict=True)]
             env = dict(zip(placeholders, (*carries, *now, *consts), strict=True))
             for node in loop.body.graph.nodes:
                 if node.op in ("call_function", "call_method", "call_module"):

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from torch._logging import trace_structured
 
 from snn_compile.config import Config, mode_options, parse_options
-from snn_compile.ir.values import example, known_int
+from snn_compile.ir.values import count_text, example, known_int
 from snn_compile.lowering.registration import is_kernel
 from snn_compile.outer_loop import OuterLoopWatch, feeds_back, holds_no_loop
 from snn_compile.pipeline import COUNTERS, Report, run_pipeline
@@ -76,7 +76,9 @@ def _rewrite(gm: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, Report
         log.exception("internal failure: this graph goes to Inductor as it is. Please report it with the graph, %s", _kept(gm))
         return gm, None
     for made in report.lowered:
-        log.info("compiled: %s at %s, %s steps, %s", made.name, made.location, made.meta["steps"], made.meta["target"])
+        log.info(
+            "compiled: %s at %s, %s steps, %s", made.name, made.location, count_text(made.meta["steps"]), made.meta["target"]
+        )
     for rejection in report.rejections:
         log.info("left alone: %s", rejection)
     trace_structured(
@@ -116,6 +118,6 @@ def _itself(saved: Tensor) -> Tensor:
 def _summary(report: Report) -> str:
     lines = [f"{len(report.loops)} loops rerolled, {len(report.recurrences)} recurrences lowered"]
     for r in report.recurrences:
-        lines.append(f"{r.name} at {r.location}: {r.meta.get('steps')} steps, {r.meta.get('target')}")
+        lines.append(f"{r.name} at {r.location}: {count_text(r.meta['steps'])} steps, {r.meta.get('target')}")
         lines += [f"    {e}" for e in r.equations]
     return "\n".join([*lines, *(f"left alone: {r}" for r in report.rejections)])

@@ -26,7 +26,7 @@ from snn_compile.ir.stepped import SteppedRecurrence
 from snn_compile.ir.stepped import describe as describe_unit
 from snn_compile.ir.symbolic import is_affine
 from snn_compile.ir.threshold import describe_thresholds
-from snn_compile.ir.values import user_location
+from snn_compile.ir.values import count_text, user_location
 from snn_compile.lowering.dump import texts_for_logs
 from snn_compile.passes.batch_time import NO_SERIES
 from snn_compile.passes.loop_body import OWN_WEIGHTS
@@ -178,7 +178,7 @@ class Explanation:
 
 def describe(recurrence: Recurrence) -> str:
     """One recurrence, for a reader who knows their own code but no compiler."""
-    shape, steps = recurrence.meta.get("shape", ()), recurrence.meta.get("steps", "?")
+    shape, steps = recurrence.meta.get("shape", ()), _steps(recurrence)
     lines = [f"{recurrence.name}: {_here(recurrence.location) or 'a loop of unknown place'}"]
     lines.append(f"  time steps   {steps}, each over {list(shape)} ({_dtype(recurrence)})")
     names = iter(operand_names(recurrence))
@@ -195,10 +195,17 @@ def describe(recurrence: Recurrence) -> str:
     return "\n".join(lines)
 
 
+def _steps(r: Recurrence | SteppedRecurrence) -> str:
+    if "steps" not in r.meta:
+        return "?"
+    text = count_text(r.meta["steps"])
+    return text if text.isdigit() else f"{text}, one for any number of them"
+
+
 def describe_stepped(r: SteppedRecurrence) -> str:
     """One recurrence whose step is more than pointwise: what runs in a step, in order."""
     lines = [f"{r.name}: {_here(r.location) or 'a loop of unknown place'}"]
-    lines.append(f"  time steps   {r.meta.get('steps', '?')}, each a short program: its kernels and the calls between them")
+    lines.append(f"  time steps   {_steps(r)}, each a short program: its kernels and the calls between them")
     for title, specs in (("states", r.carries), ("inputs", r.xs), ("parameters", r.consts)):
         if specs:
             lines.append(f"  {title:12} {', '.join(_operand(s, nice_name(s.name)) for s in specs)}")

@@ -73,6 +73,7 @@ from snn_compile.passes.specialize import (
     fold_sizes,
     name_allowed_functions,
     specialize_floats,
+    specialize_length,
     specialize_sizes,
 )
 from snn_compile.passes.unroll import restore_writes, unroll
@@ -112,7 +113,7 @@ class Report:
     stepped: list[SteppedRecurrence] = field(default_factory=list)
     rejections: list[Rejection] = field(default_factory=list)
     #: loops or groups as Rejection-like lines: what was left to Inductor inside rerolled loops
-    steps: dict[str, int] = field(default_factory=dict)
+    steps: dict[str, int | torch.SymInt] = field(default_factory=dict)
     ops_hoisted: int = 0
     ops_time_batched: int = 0
     convolutions_replaced: int = 0
@@ -137,7 +138,7 @@ def run_pipeline(gm: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, Re
 
 
 def _run_passes(work: fx.GraphModule, config: Config) -> Report:
-    report = Report()
+    report, counted = Report(), dict(counters["snn_compile"])
     dump = Dump(config.dump)
     dump(work, "0_dynamo")
     if (transformed := why_transformed(work.graph)) is not None:
@@ -169,7 +170,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     hoist_creations(work)
     counters["snn_compile"]["layers_moved"] += move_own_layers(work)
     dump(work, "1_functionalize")
-    loops, rejections = roll_scans(work, lambda loop: why_not(loop, config), config.min_steps)
+    loops, rejections, scans = roll_scans(work, lambda loop: why_not(loop, config), config.min_steps)
     layers = (lambda loop: why_no_layers(loop, classify(loop, is_pointwise_op))) if config.batch_time else None
     rerolled, refused = reroll(work, lambda loop: why_not(loop, config), config.min_steps, layers)
     loops += rerolled
@@ -199,10 +200,10 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     dump(work, "5_lower")
     counters["snn_compile"]["rejections"] += len(report.rejections)
     _rewrite_inner(work, config, report)
-    if not report.recurrences and not report.stepped and not report.convolutions_replaced:
+    if not report.recurrences and not report.stepped and not report.convolutions_replaced and not scans:
         return report
-    for call, loop in loop_calls(work):
-        unroll(work, call, loop)
+    if (left := _unroll(work)) is not None:
+        return _nothing_done(report, left, counted)
     restore_writes(work, is_kernel)
     counters["snn_compile"]["convolutions_channels_last"] += channels_last(work.graph, is_kernel, max_pool2d)
     separate_saved_statistics(work)
@@ -212,6 +213,26 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     dump(work, "6_unroll")
     report.changed = True
     return report
+
+
+def _unroll(gm: fx.GraphModule) -> Rejection | None:
+    """Nothing could be made of these loops: they are plain ops again; gives one of unknown length, which cannot be."""
+    for call, loop in loop_calls(gm):
+        length = specialize_length(loop.length)
+        if length is None:
+            reason = "a part of a scan that is not compiled, over steps whose number is not known"
+            return Rejection(reason, call.name, loop.location, "do without torch._dynamo.mark_dynamic and dynamic=True")
+        loop.length = length
+        unroll(gm, call, loop)
+    return None
+
+
+def _nothing_done(report: Report, why: Rejection, counted: dict[str, int]) -> Report:
+    """What there is to say of a graph that goes back to what it was after all. `counted`: all counters as they were before."""
+    counters["snn_compile"].clear()
+    counters["snn_compile"].update(counted)
+    counters["snn_compile"]["rejections"] += len(report.rejections) + 1
+    return Report(rejections=[*report.rejections, why])
 
 
 class _Backup:
@@ -260,8 +281,9 @@ def _specialize_steps_with_calls(gm: fx.GraphModule, config: Config) -> None:
     for call, loop in loop_calls(gm):
         infos = classify(loop, is_pointwise_op)
         groups = [g for g in find_groups(loop, infos) if not g.is_kernel]
-        if loop.length >= config.step_from and may_step(groups, infos):
-            specialize_sizes(map(example, flat_nodes(call.args)))
+        if not loop.is_shorter(config.step_from) and may_step(groups, infos):
+            inits, xs, consts = loop.split([example(a) for a in call.args])
+            specialize_sizes([*inits, *(x.select(0, 0) for x in xs), *consts])
 
 
 def _chunk_time(gm: fx.GraphModule, config: Config) -> None:
@@ -294,7 +316,7 @@ def _lower(gm: fx.GraphModule, report: Report, dump: Dump, config: Config) -> No
             count = replace_convolutions_at_one_position(loop.body)
             report.convolutions_replaced += count
             infos = classify(loop, is_pointwise_op)
-            if loop.length >= config.step_from or runs_by_channel(list(infos), infos):
+            if not loop.is_shorter(config.step_from) or runs_by_channel(list(infos), infos):
                 _lower_stepped(gm, call, loop, infos, report, dump)
             elif count:
                 reason = "a state goes through a convolution from step to step: unrolled, as the product of matrices that it is"

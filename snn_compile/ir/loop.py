@@ -1,4 +1,4 @@
-"""`Loop`: T equal iterations of a torch-level body, rolled up again.
+"""`Loop`: T equal iterations of a torch-level body, rolled up again. T may be symbolic: one loop for all lengths.
 
     carries = inits
     for t in range(length):
@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
+
+from snn_compile.ir.values import count_text, known_int
 
 
 @dataclass
@@ -60,7 +62,7 @@ class Loop(nn.Module):
     def __init__(
         self,
         name: str,
-        length: int,
+        length: int | torch.SymInt,
         body: fx.GraphModule,
         carries: Sequence[LoopCarry],
         xs: Sequence[LoopInput],
@@ -84,15 +86,22 @@ class Loop(nn.Module):
     def forward(self, *operands):  # type: ignore[no-untyped-def]
         carries, xs, consts = self.split(operands)
         n = len(carries)
+        # (a symbolic length would become that of the first call)
+        length = self.length if isinstance(self.length, int) else len(xs[0])
         collected: list[list[Tensor]] = [[] for _ in self.ys]
-        for t in range(self.length):
-            now = [x[self.length - 1 - t if s.reverse else t] for x, s in zip(xs, self.xs, strict=True)]
+        for t in range(length):
+            now = [x[length - 1 - t if s.reverse else t] for x, s in zip(xs, self.xs, strict=True)]
             out = self.body(*carries, *now, *consts)
             carries = out[:n]
             for values, value in zip(collected, out[n:], strict=True):
                 values.append(value)
         ys = [torch.stack(v[::-1] if y.reverse else v, y.dim) for y, v in zip(self.ys, collected, strict=True)]
         return (*ys, *(v for v, c in zip(carries, self.carries, strict=True) if c.is_result))
+
+    def is_shorter(self, steps: int) -> bool:
+        """Whether the loop is known to have fewer steps."""
+        known = known_int(self.length)
+        return known is not None and known < steps
 
     # ----------------------------------------------------------------------------------------------- access to the body
 
@@ -105,7 +114,7 @@ class Loop(nn.Module):
         return out[: len(self.carries)], out[len(self.carries) :]
 
     def __str__(self) -> str:
-        lines = [f"loop {self.name} over {self.length} steps" + (f" at {self.location}" if self.location else "")]
+        lines = [f"loop {self.name} over {count_text(self.length)} steps" + (f" at {self.location}" if self.location else "")]
         for kind, items in (("carry", self.carries), ("x", self.xs), ("const", self.consts), ("y", self.ys)):
             lines += [f"  {kind} {i.name}: {_type(i.example)}" for i in items]
         lines += [f"  {line.strip()}" for line in str(self.body.graph).splitlines()[1:]]
@@ -128,7 +137,7 @@ def verify(loop: Loop) -> None:
     out = loop.body.graph.output_node().args[0]
     if not isinstance(out, (tuple, list)) or len(out) != len(loop.carries) + len(loop.ys):
         raise VerificationError(f"{loop.name}: the body gives {out}, not the next carries and the outputs")
-    if loop.length < 1:
+    if loop.is_shorter(1):
         raise VerificationError(f"{loop.name}: length {loop.length}")
     loop.body.graph.lint()
 

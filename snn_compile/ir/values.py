@@ -43,6 +43,17 @@ def known_int(value: object) -> int | None:
     return value.node.maybe_as_int() if isinstance(value, torch.SymInt) else None
 
 
+def size_key(size: int | torch.SymInt) -> object:
+    """A size to be compared and hashed without adding a guard: symbolic ones are the same where they are one expression."""
+    return size if isinstance(size, int) else size.node.expr
+
+
+def count_text(size: int | torch.SymInt) -> str:
+    """A number of steps, for reports: ``T`` where it is known at run time only."""
+    known = known_int(size)
+    return "T" if known is None else str(known)
+
+
 def known_layout(value: torch.Tensor) -> tuple[list[int], list[int]] | None:
     """Sizes and strides, where all of them are known."""
     sizes, strides = ([known_int(s) for s in numbers] for numbers in (value.shape, value.stride()))
@@ -54,8 +65,8 @@ def shape_hint(value: torch.Tensor) -> tuple[int, ...]:
 
 
 def shape_key(value: torch.Tensor) -> tuple[object, ...]:
-    """The shape as a hashable value, which a symbolic size is not: sizes are the same where they are one expression."""
-    return tuple(size if isinstance(size, int) else size.node.expr for size in value.shape)
+    """The shape as a hashable value, which a symbolic size is not."""
+    return tuple(map(size_key, value.shape))
 
 
 def storage_key(node: fx.Node) -> int | None:
