@@ -47,8 +47,11 @@ def set_time_loop(net: nn.Module, time_loop: str) -> None:
     """Set how every stateful module of `net` runs over time in multi-step mode.
 
     "python": the plain loop, which `torch.compile` traces step by step, in time proportional to T. "scan":
-    `torch._higher_order_ops.scan`, of which it traces one step; for long sequences, T = 1000 and more. Both give the same values;
-    without `torch.compile`, "scan" is the slower one.
+    `torch._higher_order_ops.scan`, of which it traces one step; for long sequences, T = 1000 and more, and for sequences of many
+    lengths. Both give the same values; without `torch.compile`, "scan" is the slower one.
+
+    A module whose step changes more than states keeps the plain loop: statistics or dropout in training, containers within
+    containers, neurons with hooks within containers. So does one that stores the potentials of all steps (`store_v_seq`).
 
     Raises: ValueError where `time_loop` is neither.
     """

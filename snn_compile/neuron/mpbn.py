@@ -106,6 +106,11 @@ class MPBNBaseNode(BaseNode):
         """The membrane potential after charging, before its normalisation."""
         raise NotImplementedError(f"{type(self).__name__} must give its charge in pre_charge(x, v)")
 
+    @property
+    def is_functional(self) -> bool:
+        """Not in training with normalisation: each step updates the statistics."""
+        return not self.training or (isinstance(self.vbn, nn.Identity) and not self.fold_bn)
+
     # --------------------------------------------------------------------------------------------- before the fold
 
     def step(self, x: Tensor, v: Tensor) -> tuple[Tensor, ...]:

@@ -52,6 +52,11 @@ class StatefulModule(nn.Module):
         check_choice("step_mode", mode, self.step_modes)
         self._step_mode = mode
 
+    @property
+    def is_functional(self) -> bool:
+        """Whether `step` changes nothing but the states that it is handed: then a scan can run it."""
+        return hasattr(self, "step")
+
     # ------------------------------------------------------------------------------------------------- one call
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,7 +72,7 @@ class StatefulModule(nn.Module):
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         check_sequence(x_seq)
         states = self.states_for(x_seq[0])
-        if self.time_loop == "scan":
+        if self.time_loop == "scan" and self.is_functional:
             states, y_seq = scan_over_time(self.step, states, x_seq)
             self.keep(states)
             return y_seq
@@ -84,6 +89,10 @@ class StatefulModule(nn.Module):
         """Add the state `name`; `initial` fills it at the first step. States are handed to `step` in this order."""
         self._initial[name] = initial
         setattr(self, name, initial)
+
+    @property
+    def number_of_states(self) -> int:
+        return len(self._initial)
 
     def state_like(self, x: Tensor) -> Tensor:
         """A tensor with the shape, dtype and device that the states have for an input `x` of one step."""
