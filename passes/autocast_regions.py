@@ -30,11 +30,14 @@ _REGIONS = "autocast_regions"
 _ENTER, _EXIT = autocast_mode._enter_autocast, autocast_mode._exit_autocast
 
 
-def name_regions(graph: fx.Graph) -> bool:
-    """Take the switches out of `graph`; False, and nothing done, where they do not come in pairs."""
+def name_regions(graph: fx.Graph, around: Regions = ()) -> bool:
+    """Take the switches out of `graph`, which stands in the regions `around`.
+
+    False, and nothing done, where they do not come in pairs.
+    """
     if not _is_balanced(graph):
         return False
-    open_: list[Region] = []
+    open_ = list(around)
     switches = []
     for node in graph.nodes:
         if node.target is _ENTER:

@@ -29,6 +29,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from snn_compile.errors import Reject, Rejection
 from snn_compile.ir.loop import Loop, LoopCarry, LoopConst, LoopInput, LoopOutput
 from snn_compile.ir.values import base_name, example, is_getitem, known_int, size_key, user_location, wanting_grad
+from snn_compile.passes.autocast_regions import name_regions, regions
 from snn_compile.passes.effects import is_grad_switch, sweeping
 from snn_compile.passes.functionalize import functionalize
 from snn_compile.passes.specialize import (
@@ -83,6 +84,8 @@ def _loop(gm: fx.GraphModule, node: fx.Node) -> tuple[Loop, list[fx.Node]]:
         raise Reject("a scan with a state or a series that is no tensor", node=node.name, location=location)
     length = _length(node, [example(x) for x in xs], location)  # type: ignore[union-attr]
     inner = _specialized(getattr(gm, str(body.target)))  # type: ignore[union-attr]
+    if not name_regions(inner.graph, regions(node)):
+        raise Reject("a scan with a region of autocast that does not end in its step", node=node.name, location=location)
     if any(not isinstance(r, fx.Node) for r in _results(inner)):
         raise Reject("a scan whose step gives a number", node=node.name, location=location)
     n, m = len(inits), len(xs)  # type: ignore[arg-type]

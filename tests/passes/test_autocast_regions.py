@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
+from torch._higher_order_ops.scan import scan
 from torch.utils.checkpoint import checkpoint
 
 from snn_compile.backend import snn
@@ -108,6 +109,18 @@ def feedback(s, w):
     return F.linear(s, w)
 
 
+def scanned(current):
+    def network(a, w):
+        def step(v, now):
+            v = v + (current(now[None], 0, w) - v).float() / 2.0
+            s = Spike.apply(v - 0.1)
+            return v * (1.0 - s), s.clone()
+
+        return scan(step, torch.zeros_like(a[0]), a)[1]
+
+    return network
+
+
 NETWORKS = {
     "a layer within": (neuron(within(on, linear)), 8, {"ops_time_batched": 1}),
     "layers in and out": (within(on, neuron(both)), 8, {"ops_time_batched": 2}),
@@ -117,6 +130,8 @@ NETWORKS = {
     "layers alone": (lambda a, w: torch.stack([within(on, linear)(a, t, w) for t in range(len(a))]), 8, {}),
     "feedback within": (neuron(lambda a, t, w: a[t], within(on, feedback)), 40, {"recurrences_stepped": 1}),
     "feedback out of it": (within(on, neuron(linear, within(off, feedback))), 40, {"recurrences_stepped": 1}),
+    "within a scan": (scanned(within(on, linear)), 8, {"recurrences_lowered": 1, "ops_time_batched": 1}),
+    "a scan within": (within(on, scanned(both)), 8, {"recurrences_lowered": 1, "ops_time_batched": 2}),
     "in a checkpoint": (
         within(on, lambda a, w: checkpoint(neuron(linear), a, w, use_reentrant=False)),
         8,
