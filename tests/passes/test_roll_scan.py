@@ -286,7 +286,7 @@ def test_a_batch_norm_before_it():
 
 
 def test_sizes_that_nobody_reads_are_no_operands():
-    captured = capture(partial(state_and_spikes, scan), x(5), dynamic=True)
+    captured = capture(partial(state_and_spikes, scan), series(5), dynamic=True)
     (loop,), rejections, count = captured.check(lambda gm: roll_scans(gm, lambda loop: None))
     assert count == 1 and not rejections and isinstance(loop.length, torch.SymInt)
     assert not loop.consts and "over T steps" in str(loop)
@@ -351,7 +351,7 @@ def random_state(run, a):
 
 
 def test_near_miss_more_than_pointwise_and_short():
-    captured = capture(partial(more_than_pointwise_and_short, scan), x(5))
+    captured = capture(partial(more_than_pointwise_and_short, scan), series(5))
     _, report = captured.check(lambda gm: run_pipeline(gm, Config()))
     assert torch.ops.higher_order.scan not in captured.targets() and not captured.loops()
     assert report.changed and report.rejections and not report.lowered
