@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from snn_compile.errors import Reject
+from snn_compile.ir.names import given_name
 from snn_compile.ir.values import base_name, example, is_getitem, known_int, shape_key, user_location
 
 
@@ -157,6 +158,8 @@ def time_dim(node: fx.Node, leaves: list[object], place: int, value: torch.Tenso
 
 
 def series_name(source: fx.Node) -> str:
+    if source.op == "placeholder" and (given := given_name(source)):
+        return given
     name = base_name(source.name)
     if source.op == "placeholder":
         name = name.removeprefix("l_").removesuffix("_")

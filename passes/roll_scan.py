@@ -32,6 +32,7 @@ from snn_compile.ir.values import base_name, example, is_getitem, known_int, siz
 from snn_compile.passes.autocast_regions import name_regions, regions
 from snn_compile.passes.effects import is_grad_switch, sweeping
 from snn_compile.passes.functionalize import functionalize
+from snn_compile.passes.loop_operands import series_name
 from snn_compile.passes.specialize import (
     drop_unread_sizes,
     fold_sizes,
@@ -146,7 +147,7 @@ def _without_numbers(inner: fx.GraphModule, first: int, extra: Sequence[object])
 
 
 def _name(operand: object) -> str:
-    return base_name(operand.name) if isinstance(operand, fx.Node) else "x"
+    return series_name(operand) if isinstance(operand, fx.Node) else "x"
 
 
 def _take_example(placeholder: fx.Node, operand: object, is_series: bool) -> None:

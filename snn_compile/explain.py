@@ -19,8 +19,7 @@ from snn_compile.errors import Rejection
 from snn_compile.ir.equations import equations, operand_names
 from snn_compile.ir.fire import op_name, passes_gradient, results, spike_of_state
 from snn_compile.ir.loop import Loop
-from snn_compile.ir.names import nice_name
-from snn_compile.ir.recurrence import Recurrence
+from snn_compile.ir.recurrence import Recurrence, Signature
 from snn_compile.ir.slope import surrogate
 from snn_compile.ir.stepped import SteppedRecurrence
 from snn_compile.ir.stepped import describe as describe_unit
@@ -181,10 +180,7 @@ def describe(recurrence: Recurrence) -> str:
     shape, steps = recurrence.meta.get("shape", ()), _steps(recurrence)
     lines = [f"{recurrence.name}: {_here(recurrence.location) or 'a loop of unknown place'}"]
     lines.append(f"  time steps   {steps}, each over {list(shape)} ({_dtype(recurrence)})")
-    names = iter(operand_names(recurrence))
-    for title, specs in (("states", recurrence.carries), ("inputs", recurrence.xs), ("parameters", recurrence.consts)):
-        if specs:
-            lines.append(f"  {title:12} {', '.join(_operand(s, next(names)) for s in specs)}")
+    lines += _operands(recurrence)
     found = equations(recurrence)
     for i, line in enumerate(found):
         role = line.role if line.role and all(e.role != line.role for e in found[:i]) else ""
@@ -206,9 +202,7 @@ def describe_stepped(r: SteppedRecurrence) -> str:
     """One recurrence whose step is more than pointwise: what runs in a step, in order."""
     lines = [f"{r.name}: {_here(r.location) or 'a loop of unknown place'}"]
     lines.append(f"  time steps   {_steps(r)}, each a short program: its kernels and the calls between them")
-    for title, specs in (("states", r.carries), ("inputs", r.xs), ("parameters", r.consts)):
-        if specs:
-            lines.append(f"  {title:12} {', '.join(_operand(s, nice_name(s.name)) for s in specs)}")
+    lines += _operands(r)
     if r.meta.get("is_by_channel"):
         lines.append(f"  {'runs':12} channel by channel: all steps and all of this as one kernel, where memory allows")
     programs = [("forward", r.forward)] + ([("backward", r.backward)] if r.backward is not None else [])
@@ -243,9 +237,12 @@ def _analysis(recurrence: Recurrence) -> list[str]:
     return lines
 
 
-def _operand(spec: object, name: str) -> str:
-    gradient = getattr(spec, "needs_grad", False) or getattr(spec, "init_needs_grad", False)
-    return f"{name} (wants a gradient)" if gradient else name
+def _operands(r: Signature) -> list[str]:
+    """States, inputs and parameters, by the names that they have in the equations."""
+    wanted = zip(operand_names(r), r.needs_grad, strict=True)
+    parts = r.split([f"{name} (wants a gradient)" if wants else name for name, wants in wanted])
+    titles = ("states", "inputs", "parameters")
+    return [f"  {title:12} {', '.join(names)}" for title, names in zip(titles, parts, strict=True) if names]
 
 
 def _dtype(recurrence: Recurrence) -> str:
@@ -275,8 +272,8 @@ def _lanes(example: Tensor) -> int:
 
 def _fused(recurrence: Recurrence) -> str:
     ops = [n for n in recurrence.step.graph.nodes if n.op == "call_function"]
-    names = operand_names(recurrence)[: len(recurrence.carries)]
-    states = zip(names, recurrence.step.graph.find_nodes(op="placeholder"), results(recurrence.step), strict=False)
+    befores = recurrence.step.graph.find_nodes(op="placeholder")[: len(recurrence.carries)]
+    states = zip(operand_names(recurrence), befores, results(recurrence.step), strict=False)
     totals = [name for name, before, after in states if _accumulates(before, after)]
     text = f"{_count(len(ops), 'op')} a step in one kernel"
     members = recurrence.meta.get("fused", [])

@@ -149,6 +149,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     inline_steps(work)
     if not name_regions(work.graph):
         report.rejections.append(Rejection("a region of autocast ends in another graph than it begins"))
+        counters["snn_compile"]["rejections"] += 1
         return report
     read_steps_in_regions(work)
     specialize_floats(work)

@@ -17,7 +17,7 @@ from torch import fx
 from snn_compile.ir.fire import is_constant, op_name, results, spike_of_state
 from snn_compile.ir.infix import Infix
 from snn_compile.ir.names import Names, is_generic, nice_name
-from snn_compile.ir.recurrence import Carry, Recurrence
+from snn_compile.ir.recurrence import Carry, Const, Recurrence, Signature, TimeSeries
 
 #: Longer than this, a line is cut.
 MAX_LINE = 150
@@ -45,13 +45,15 @@ def equations(recurrence: Recurrence) -> list[Equation]:
         ]
 
 
-def operand_names(recurrence: Recurrence) -> list[str]:
-    """States, inputs and parameters in the names that they have in the equations."""
-    try:
-        written = _Writer(recurrence)
-        return [written.names[p] for p in written.placeholders]
-    except Exception:  # as above
-        return [nice_name(o.name) for o in recurrence.operands]
+def operand_names(recurrence: Signature) -> list[str]:
+    """What equations call the states, inputs and parameters, in the order of the operands: ``v, u, u -> v, u, u2``."""
+    names = Names()
+
+    def name(operand: Carry | TimeSeries | Const) -> str:
+        own = nice_name(operand.name)
+        return names.unique("state" if isinstance(operand, Carry) and is_generic(own) else own)
+
+    return [name(operand) for operand in recurrence.operands]
 
 
 def writer(recurrence: Recurrence) -> Infix:
@@ -64,26 +66,19 @@ class _Writer:
 
     def __init__(self, recurrence: Recurrence) -> None:
         self.recurrence = recurrence
-        self.names: dict[fx.Node, str] = {}
-        self.roles: dict[fx.Node, str] = {}
-        self.aliases: list[tuple[str, fx.Node]] = []
-        self._unique = Names()
         nodes = list(recurrence.step.graph.nodes)
         self.placeholders = [n for n in nodes if n.op == "placeholder"]
+        self.names: dict[fx.Node, str] = dict(zip(self.placeholders, operand_names(recurrence), strict=True))
+        self.roles: dict[fx.Node, str] = {}
+        self.aliases: list[tuple[str, fx.Node]] = []
+        self._unique = Names(self.names.values())
         self.ops = [n for n in nodes if n.op == "call_function"]
         self.fires = spike_of_state(recurrence)
-        self._name_operands()
         self._name_states()
         self._name_fires()
         self._name_outputs()
         self._name_values()
         self.infix = Infix(self.names)
-
-    def _name_operands(self) -> None:
-        r = self.recurrence
-        for node, spec in zip(self.placeholders, r.operands, strict=True):
-            name = nice_name(spec.name)
-            self.names[node] = self._unique.unique("state" if isinstance(spec, Carry) and is_generic(name) else name)
 
     def _name_states(self) -> None:
         carries = self.placeholders[: len(self.recurrence.carries)]

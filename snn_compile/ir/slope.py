@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import fx
 
+from snn_compile.ir.equations import operand_names
 from snn_compile.ir.fire import Fire, op_name, reached, results, spike_of_state
 from snn_compile.ir.infix import PRODUCT, Infix
-from snn_compile.ir.names import nice_name
 from snn_compile.ir.recurrence import Recurrence
 
 
@@ -119,9 +119,9 @@ class _Slope:
         return found
 
     def _name_leaves(self) -> None:
-        operands = self.recurrence.operands
-        for node, spec in zip((n for n in self.nodes if n.op == "placeholder"), operands, strict=False):
-            self.infix.names.setdefault(node, nice_name(spec.name))
+        placeholders = (n for n in self.nodes if n.op == "placeholder")
+        for node, name in zip(placeholders, operand_names(self.recurrence), strict=False):
+            self.infix.names.setdefault(node, name)
 
     def _merges(self, node: fx.Node, factors: dict[fx.Node, str]) -> bool:
         """A sum with a cotangent that came another way: the charge's own."""
