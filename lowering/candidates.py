@@ -10,7 +10,7 @@ from torch import fx
 from snn_compile.config import Config
 from snn_compile.errors import Rejection
 from snn_compile.ir.loop import Loop
-from snn_compile.ir.values import base_name, count_text, example, known_int
+from snn_compile.ir.values import base_name, count_text, example, known_int, storage_key, user_line, user_location
 from snn_compile.lowering import ops
 from snn_compile.lowering.by_channel import suits_channels
 from snn_compile.lowering.channel_program import channel_shapes
@@ -18,7 +18,10 @@ from snn_compile.passes.carry_statistics import updates_statistics, why_not_carr
 from snn_compile.passes.classify import OpInfo, classify
 from snn_compile.passes.convolutions_at_one_position import is_at_one_position
 from snn_compile.passes.distribute import Group, find_groups
+from snn_compile.passes.effects import is_write, written
+from snn_compile.passes.fixed_batch_norm import arguments
 from snn_compile.passes.hoist import find_invariant
+from snn_compile.passes.loop_body import STEPS_OWN_WEIGHTS
 
 #: Fewer ops than this behind the first step are no neuron: a sum of two losses, two residuals, ``w + a*s`` twice in a step.
 FEWEST_OPS = 3
@@ -57,12 +60,12 @@ def why_not(loop: Loop, config: Config) -> Rejection | None:
     def gains(group: Group) -> bool:  # (a product in place of a convolution is worth it unrolled, too)
         return is_long or runs_by_channel(group.nodes, infos) or any(map(is_at_one_position, group.nodes))
 
-    if any(g.recurrent and gains(g) for g in groups) and may_step(groups, infos):
+    if any(g.recurrent and gains(g) for g in groups) and may_step(loop, groups, infos):
         return _why_growing(loop, groups)
-    worst = next((n for g in groups if g.recurrent for n in g.nodes if not infos[n].pointwise), None)
-    if worst is not None:
-        hint = _CHECKPOINT if _is_checkpoint(worst) else step_from(loop) if may_step(groups, infos) else ""
-        return goes_through(worst, loop, hint)
+    refused = [why_unrolled(loop, g.nodes, infos) for g in groups if g.recurrent]
+    refused += [_why_written(n, loop) for n in infos if is_write(n)]
+    if any(refused):
+        return next(filter(None, refused))
     return Rejection("nothing is carried from step to step", loop.name, loop.location)
 
 
@@ -86,9 +89,41 @@ def _counts(group: Group) -> bool:
     return all(isinstance(v, torch.Tensor) and v.dim() == 0 and not v.is_floating_point() for v in values)
 
 
-def goes_through(node: fx.Node, loop: Loop, hint: str) -> Rejection:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
-    return Rejection(f"a state goes through '{name}' from step to step, which is not pointwise", node.name, loop.location, hint)
+def why_unrolled(loop: Loop, nodes: Sequence[fx.Node], infos: dict[fx.Node, OpInfo]) -> Rejection | None:
+    """Of a recurrence that is no kernel: what its state goes through, and what to change."""
+    in_the_way = [n for n in nodes if not _runs_in_program(n, loop, infos)]
+    calls = in_the_way or [n for n in nodes if not infos[n].pointwise]
+    if not calls:
+        return None
+    if is_write(calls[0]) and (reason := _why_written(calls[0], loop)) is not None:
+        return reason
+    target = calls[0].target
+    name = target if isinstance(target, str) else getattr(target, "__name__", target)
+    what = "which is not pointwise"
+    if in_the_way and updates_statistics(calls[0]) and arguments(calls[0])["running_mean"] not in _consts(loop):
+        what = f"which {STEPS_OWN_WEIGHTS}"
+    hint = _CHECKPOINT if _is_checkpoint(calls[0]) else "" if in_the_way else step_from(loop)
+    return Rejection(f"a state goes through '{name}' from step to step, {what}", calls[0].name, loop.location, hint)
+
+
+def _why_written(node: fx.Node, loop: Loop) -> Rejection | None:
+    """A write that `passes/functionalize` could not make a value; a counter's is no user's concern."""
+    target = written(node)[0]
+    value = example(target)
+    if not isinstance(value, torch.Tensor) or not (value.dim() or value.is_floating_point()):
+        return None
+    code = user_line(node) or base_name(node.name)
+    if storage_key(target) in map(storage_key, _consts(loop)):
+        reason = f"'{code}' writes into memory from outside of the loop in every step"
+        hint = "work on a copy, v = v.clone(), and write it back behind the loop: buffer.copy_(v)"
+    else:
+        reason = f"'{code}' writes into a value of the loop through a view of it"
+        hint = "make a new value of the whole: v = torch.where(mask, 0.0, v)"
+    return Rejection(reason, node.name, user_location(node) or loop.location, hint)
+
+
+def _consts(loop: Loop) -> list[fx.Node]:
+    return list(loop.split(loop.placeholders())[2])
 
 
 _CHECKPOINT = "a kernel saves no more of a step than torch.utils.checkpoint does: call the step without, or the whole loop in one"
@@ -102,9 +137,16 @@ def step_from(loop: Loop) -> str:
     return f"options={{'step_from': {count_text(loop.length)}}} runs it as a program of kernels and calls"
 
 
-def may_step(groups: list[Group], infos: dict[fx.Node, OpInfo]) -> bool:
-    """Whether a recurrence that is no kernel can be a program of kernels and calls: nothing in it writes or draws numbers."""
-    return any(g.recurrent and all(infos[n].pure or updates_statistics(n) for n in g.nodes) for g in groups)
+def may_step(loop: Loop, groups: list[Group], infos: dict[fx.Node, OpInfo]) -> bool:
+    """Whether a recurrence that is no kernel can be a program of kernels and calls."""
+    return any(g.recurrent and all(_runs_in_program(n, loop, infos) for n in g.nodes) for g in groups)
+
+
+def _runs_in_program(node: fx.Node, loop: Loop, infos: dict[fx.Node, OpInfo]) -> bool:
+    """It neither draws random numbers nor writes, but for the statistics of a batch norm that all steps share."""
+    if updates_statistics(node):
+        return why_not_carried(node, _consts(loop)) is None
+    return infos[node].pure
 
 
 def runs_by_channel(nodes: list[fx.Node], infos: dict[fx.Node, OpInfo]) -> bool:

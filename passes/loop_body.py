@@ -30,7 +30,7 @@ from snn_compile.passes.relate_iterations import Column
 
 #: Of what reads no time series, and of what does.
 OWN_WEIGHTS = "has weights of its own every time: layers, one after another, rather than steps"
-STEPS_OWN_WEIGHTS = "has weights of its own in every step, which are too large to be read like a time series"
+STEPS_OWN_WEIGHTS = "has weights of its own in every step"
 
 
 @dataclass

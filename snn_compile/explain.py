@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 
 from snn_compile import backend
+from snn_compile.compat import norse
 from snn_compile.errors import Rejection
 from snn_compile.ir.equations import equations, operand_names
 from snn_compile.ir.fire import op_name, passes_gradient, results, spike_of_state
@@ -28,7 +29,7 @@ from snn_compile.ir.threshold import describe_thresholds
 from snn_compile.ir.values import count_text, user_location
 from snn_compile.lowering.dump import texts_for_logs
 from snn_compile.passes.batch_time import NO_SERIES
-from snn_compile.passes.loop_body import OWN_WEIGHTS
+from snn_compile.passes.loop_body import OWN_WEIGHTS, STEPS_OWN_WEIGHTS
 from snn_compile.passes.reroll import ONLY_READS
 from snn_compile.pipeline import Report
 
@@ -37,6 +38,10 @@ HINTS = (
     ("a Python number changes", "put the numbers into a tensor before the loop and read it with [t]"),
     ("not pointwise", "a step that only computes becomes a kernel or a program: no writes, no random numbers, no `.item()`"),
     ("no pointwise kernel can hold", "write the step with elementwise operations, or move this call out of the loop"),
+    (
+        STEPS_OWN_WEIGHTS,
+        "share them between steps, or apply them to what no state goes through: `self.norms[t](x[t])`",
+    ),
     ("another tensor in every step", "stack the tensors before the loop and read the stack with [t]"),
     ("do not follow one rule", "make every iteration run the same operations: no `if` on t, no list indexed by t"),
     ("nothing is carried", "no state passes from step to step: apply it to all steps at once"),
@@ -70,6 +75,9 @@ PREPARED = frozenset(("snntorch", "norse", "sinabs"))
 #: What Dynamo says of ``self.spike = Spike()``, an instance of an `autograd.Function`, and ``self.spike.apply(v)``.
 _FUNCTION_INSTANCE = "GetAttrVariable(AutogradFunctionVariable(), setup_context)"
 
+#: What a graph break brings with it: a graph knows the values of the one before only as inputs.
+_BROKEN = ("another tensor in every step", "Inductor fuses them as they are")
+
 _LOOK_ALIKE = re.compile(r"\d+ look-alike groups of (\d+) ops")
 
 
@@ -88,6 +96,8 @@ class GraphBreak:
         """What to change; empty where that depends on the code."""
         if anywhere := _hint(self.reason, BREAK_HINTS_ANYWHERE):
             return anywhere
+        if "requires_grad" in self.reason and norse.leaves(self.location):
+            return "hand in the first state, as in cell(x[0], state): the one that the module makes is marked in the graph"
         if not PREPARED.isdisjoint(Path(self.location).parts) or _FUNCTION_INSTANCE in self.reason:
             return "model = snn_compile.compat.prepare(model), before it is compiled"
         return _hint(self.reason, BREAK_HINTS)
@@ -126,17 +136,18 @@ class Explanation:
         return list(kept.values())
 
     def _is_noise(self, rejection: Rejection, lines: set[str]) -> bool:
-        if rejection.reason == ONLY_READS:
+        if _is_no_loop(rejection):
+            return True
+        if self.graph_breaks and any(r in rejection.reason for r in _BROKEN):
             return True
         look_alike = _LOOK_ALIKE.match(rejection.reason)
         if look_alike and (int(look_alike[1]) <= 2 or (self.loops and rejection.location in lines)):
             return True
         if not self.loops:
-            return rejection.ops < max((r.ops for r in self.rejections), default=0) / 2
+            most = max((r.ops for r in self.rejections if not _is_no_loop(r)), default=0)
+            return rejection.ops < most / 2
         step = max(len(loop.body.graph.nodes) for loop in self.loops)
         if 0 < rejection.ops <= step:  # layers that look alike, inside of one step
-            return True
-        if OWN_WEIGHTS in rejection.reason:  # layers that look alike, with their time loops
             return True
         searching = look_alike or "nothing is carried" in rejection.reason
         return bool(searching) or not rejection.location or any(r in rejection.reason for r in ("an index", NO_SERIES))
@@ -292,6 +303,11 @@ def _members(members: list[tuple[str, str]]) -> list[str]:
 def _accumulates(before: fx.Node, after: object) -> bool:
     """``acc' = acc + something``, with no other reader of acc."""
     return isinstance(after, fx.Node) and op_name(after) == "add" and before in after.args and len(before.users) == 1
+
+
+def _is_no_loop(rejection: Rejection) -> bool:
+    """Reads in a row, and layers that look alike, with the time loops inside of them."""
+    return rejection.reason == ONLY_READS or OWN_WEIGHTS in rejection.reason
 
 
 def _hint(reason: str, hints: Sequence[tuple[str, str]]) -> str:

@@ -19,13 +19,13 @@ from snn_compile.ir.stepped import SteppedRecurrence
 from snn_compile.ir.values import example, flat_nodes
 from snn_compile.lowering import targets
 from snn_compile.lowering.candidates import (
-    goes_through,
     is_pointwise_op,
     may_step,
     normalises_for,
     runs_by_channel,
     step_from,
     why_not,
+    why_unrolled,
 )
 from snn_compile.lowering.dump import Dump
 from snn_compile.lowering.lower_loops import lower_loop, make_recurrence, make_stepped
@@ -282,7 +282,7 @@ def _specialize_steps_with_calls(gm: fx.GraphModule, config: Config) -> None:
     for call, loop in loop_calls(gm):
         infos = classify(loop, is_pointwise_op)
         groups = [g for g in find_groups(loop, infos) if not g.is_kernel]
-        if not loop.is_shorter(config.step_from) and may_step(groups, infos):
+        if not loop.is_shorter(config.step_from) and may_step(loop, groups, infos):
             inits, xs, consts = loop.split([example(a) for a in call.args])
             specialize_sizes([*inits, *(x.select(0, 0) for x in xs), *consts])
 
@@ -322,8 +322,8 @@ def _lower(gm: fx.GraphModule, report: Report, dump: Dump, config: Config) -> No
             elif count:
                 reason = "a state goes through a convolution from step to step: unrolled, as the product of matrices that it is"
                 report.rejections.append(Rejection(reason, call.name, loop.location, step_from(loop)))
-            elif (worst := next((n for n in infos if not infos[n].pointwise), None)) is not None:
-                report.rejections.append(goes_through(worst, loop, step_from(loop)))
+            elif (refused := why_unrolled(loop, list(infos), infos)) is not None:
+                report.rejections.append(refused)
         if call in found:
             recurrence = found[call]
             report.steps[recurrence.name] = loop.length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import warnings
 
@@ -67,9 +68,128 @@ def test_two_layers_have_two_recurrences_and_no_noise() -> None:
 
 
 def test_layers_one_after_another_are_no_steps() -> None:
-    net = torch.nn.Sequential(*(m for _ in range(6) for m in (torch.nn.Linear(5, 5), torch.nn.Tanh())))
-    text = str(snn_compile.explain(net)(torch.randn(3, 5)))
-    assert "weights of its own every time: layers, one after another" in text and "to change" not in text
+    net = nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(5, 5), nn.Tanh())))
+    found = snn_compile.explain(net)(torch.randn(3, 5))
+    assert "the function must hold the loop over time itself" in str(found) and "Left to Inductor" not in str(found)
+    assert "weights of its own every time: layers, one after another" in found.verbose()
+
+
+class Block(nn.Module):
+    """A layer over all steps, and a neuron; recurrent where it has weights for its own spikes."""
+
+    def __init__(self, inputs: int, outputs: int, recurrent: bool = False) -> None:
+        super().__init__()
+        self.layer = nn.Linear(inputs, outputs)
+        self.back = nn.Linear(outputs, outputs) if recurrent else nn.Identity()
+
+    def forward(self, x):
+        y, out = self.layer(x.relu()), []
+        v = s = torch.zeros_like(y[0])
+        for t in range(len(y)):
+            v = v * 0.5 + y[t] + self.back(s)
+            s = (v > 1.0).to(v.dtype)
+            v = v - s
+            out.append(s)
+        return torch.stack(out)
+
+
+@pytest.mark.parametrize("sizes", [(8, 8, 8), (8, 10, 6, 4)])
+def test_blocks_of_layers_are_no_refused_loop(sizes: tuple[int, ...]) -> None:
+    net = nn.Sequential(*(Block(a, b) for a, b in itertools.pairwise(sizes)))
+    found = snn_compile.explain(net)(torch.rand(4, 2, sizes[0]))
+    assert len(found.recurrences) == len(sizes) - 1 and "Left to Inductor" not in str(found)
+
+
+def test_blocks_of_layers_do_not_hide_the_loops_inside() -> None:
+    net = nn.Sequential(*(Block(8, 8, recurrent=True) for _ in range(3)))
+    text = str(snn_compile.explain(net)(torch.rand(6, 2, 8)))
+    assert text.count("  - ") == 1 and "'linear' from step to step" in text and "{'step_from': 6}" in text
+
+
+class OfEachStep(nn.Module):
+    """`layers[t]` is what the potential goes through in step t."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        v, out = torch.zeros_like(x[0]), []
+        for t in range(len(x)):
+            v = self.layers[t](v * 0.5 + x[t])
+            out.append(v)
+        return torch.stack(out)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.BatchNorm1d(8)])
+def test_layers_of_a_step_in_the_state_are_a_refusal(layer: nn.Module) -> None:
+    net = OfEachStep([copy.deepcopy(layer) for _ in range(6)])
+    text = str(snn_compile.explain(net)(torch.rand(6, 2, 8)))
+    assert text.count("has weights of its own in every step") == 1 and "share them between steps" in text
+    assert "step_from" not in text  # (it would change nothing)
+
+
+def test_what_no_program_can_run_is_named_before_what_it_can() -> None:
+    back = nn.Linear(8, 8)
+
+    def f(x):
+        v, out = torch.zeros_like(x[0]), []
+        for t in range(len(x)):
+            v = back(v) * 0.5 + x[t]
+            v = v + torch.randn_like(v)
+            out.append(v)
+        return torch.stack(out)
+
+    text = str(snn_compile.explain(f)(torch.rand(6, 2, 8)))
+    assert "'randn_like' from step to step" in text and "step_from" not in text
+
+
+def test_a_write_that_is_no_value_is_named() -> None:
+    def into_memory_from_outside(x):
+        states, out = torch.zeros(2, *x.shape[1:]), []
+        for t in range(len(x)):
+            v = states[0]
+            v.mul_(0.5).add_(x[t])
+            s = v > 1.0
+            v.masked_fill_(s, 0.0)
+            out.append(s)
+        return torch.stack(out)
+
+    def through_a_view(x):
+        v, out = torch.zeros_like(x[0]), []
+        for t in range(len(x)):
+            v = v * 0.5 + x[t]
+            s = v > 1.0
+            v.view(-1).masked_fill_(s.view(-1), 0.0)
+            out.append(s)
+        return torch.stack(out)
+
+    expected = {
+        into_memory_from_outside: ("writes into memory from outside of the loop", "v = v.clone()"),
+        through_a_view: (
+            "'v.view(-1).masked_fill_(s.view(-1), 0.0)' writes into a value of the loop through a view",
+            "torch.where",
+        ),
+    }
+    for function, parts in expected.items():
+        torch._dynamo.reset()
+        text = str(snn_compile.explain(function)(torch.rand(6, 2, 8)))
+        assert all(part in text for part in parts) and "not pointwise" not in text and "nothing is carried" not in text
+
+
+def test_what_a_graph_break_brings_with_it_is_not_listed() -> None:
+    def f(x):
+        parts = list(x.unbind())
+        torch._dynamo.graph_break()
+        v, out = torch.zeros_like(x[0]), []
+        for part in parts:
+            v = torch.tanh(v * 0.5 + part)
+            out.append(v)
+        return torch.stack(out)
+
+    found = snn_compile.explain(f)(torch.rand(6, 3))
+    assert "another tensor in every step" in found.verbose()
+    assert "Graph breaks" in str(found) and "Left to Inductor" not in str(found)
 
 
 def test_layers_beside_a_neuron_are_no_refused_steps() -> None:

@@ -4,6 +4,8 @@ https://github.com/norse/norse."""
 from __future__ import annotations
 
 import ast
+import sys
+from pathlib import Path
 from types import FunctionType, MethodType
 
 import torch
@@ -42,6 +44,18 @@ def prepare(module: nn.Module) -> str:
     return ", ".join(changes)
 
 
+def leaves(location: str) -> bool:
+    """Whether the function at this place (``file:line``) is a method of Norse that `prepare` has nothing to change in."""
+    file, _, line = location.rpartition(":")
+    if "norse" not in Path(file).parts or not line.isdigit():
+        return False
+    here = [m for m in list(sys.modules.values()) if getattr(m, "__file__", None) == file]
+    classes = [c for m in here for c in vars(m).values() if isinstance(c, type) and c.__module__ == m.__name__]
+    methods = [f for c in classes for f in vars(c).values() if isinstance(f, FunctionType)]
+    found = [f for f in methods if int(line) in {at for _, _, at in f.__code__.co_lines()}]
+    return bool(found) and all(rewritten(f, _WithoutMarks()) is None for f in found)
+
+
 def _sizes_to_numbers(module: nn.Module) -> list[str]:
     sizes = {k: v for k, v in vars(module).items() if k.endswith("_size") and isinstance(v, torch.Tensor) and v.dim() == 0}
     for name, value in sizes.items():
@@ -50,7 +64,10 @@ def _sizes_to_numbers(module: nn.Module) -> list[str]:
 
 
 class _WithoutMarks(ast.NodeTransformer):
-    """Of a state that the statements before make: ``requires_grad=True`` in the calls that make it, and writes of it, go."""
+    """Of a state that the statements before make: ``requires_grad=True`` in the calls that make it, and writes of it, go.
+
+    It is one that is written, or the function's result.
+    """
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         super().generic_visit(node)
@@ -70,12 +87,18 @@ def _without_marks(statements: list[ast.stmt]) -> list[ast.stmt]:
         if isinstance(target, ast.Name) and isinstance(value, ast.Call):
             made[target.id] = value
         if isinstance(target, ast.Attribute) and target.attr == "requires_grad" and _owner(target) in made:
-            for call in ast.walk(made[_owner(target)]):
-                if isinstance(call, ast.Call):
-                    call.keywords = [k for k in call.keywords if k.arg != "requires_grad"]
+            _drop_keyword(made[_owner(target)])
             continue
+        if isinstance(statement, ast.Return) and isinstance(statement.value, ast.Name) and statement.value.id in made:
+            _drop_keyword(made[statement.value.id])
         kept.append(statement)
     return kept
+
+
+def _drop_keyword(made: ast.Call) -> None:
+    for call in ast.walk(made):
+        if isinstance(call, ast.Call):
+            call.keywords = [k for k in call.keywords if k.arg != "requires_grad"]
 
 
 def _owner(target: ast.Attribute) -> str:

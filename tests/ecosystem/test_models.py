@@ -151,6 +151,36 @@ def test_prepared_cells_of_norse_keep_dtypes_and_follow_parameters(name, dtype):
 
 
 @pytest.mark.skipif(not has("norse"), reason="Norse is not installed")
+def test_a_hint_to_prepare_is_given_where_it_helps(fresh):
+    import norse.torch as nt
+
+    x = torch.rand(5, 3, 8)
+    layer = nt.IzhikevichRecurrent(8, 8, nt.tonic_spiking)
+    assert "compat.prepare" in str(explain(layer)(x))
+    expected = layer(x)[0]
+    torch._dynamo.reset()
+    found = explain(prepare(layer))(x)
+    assert not found.graph_breaks and torch.equal(layer(x)[0], expected)
+
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nt.IzhikevichCell(nt.tonic_spiking)  # its first state is its parameters' own, which is marked
+
+        def forward(self, x, state=None):
+            out = []
+            for t in range(len(x)):
+                s, state = self.cell(x[t], state)
+                out.append(s)
+            return torch.stack(out)
+
+    loop = prepare(Loop())
+    text = str(explain(loop)(x))
+    assert "hand in the first state" in text and "compat.prepare" not in text
+    torch._dynamo.reset()
+    assert len(explain(loop)(x, loop.cell.spiking_method.s).recurrences) == 1
+
+
 @pytest.mark.skipif(not has("norse"), reason="Norse is not installed")
 def test_a_recurrent_layer_of_norse_is_one_program(fresh):
     """Its size is a tensor, which ends Dynamo's graph; a number, once prepared."""
