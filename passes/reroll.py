@@ -28,7 +28,7 @@ from torch import Tensor, fx
 
 from snn_compile.errors import Reject, Rejection
 from snn_compile.ir.loop import Loop
-from snn_compile.ir.values import example, is_getitem, user_line, user_location
+from snn_compile.ir.values import example, is_getitem, known_int, user_line, user_location
 from snn_compile.passes.effects import is_write
 from snn_compile.passes.emit import delete_unused_children
 from snn_compile.passes.find_repeats import Repeat, find_repeats
@@ -112,7 +112,7 @@ def _first_loop(
             continue
         reason = _why_empty(plan.loop) or (_why_copied(plan) if are_layers else None) or accept(plan.loop)
         if reason is not None:
-            rejections[key] = replace(reason, ops=repeat.covered)
+            rejections[key] = replace(reason, ops=repeat.covered, steps=known_int(plan.loop.length) or 0)
             continue
         replace_by_loop(plan)
         return plan.loop

@@ -27,6 +27,8 @@ class Rejection:
     hint: str = ""
     #: ops of the graph that the refused candidate covers; 0 where that is not known
     ops: int = 0
+    #: steps of the loop that was found and refused; 0 where none was found, or their number is symbolic
+    steps: int = 0
 
     def __str__(self) -> str:
         where = f" at {self.location}" if self.location else ""

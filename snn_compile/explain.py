@@ -143,7 +143,11 @@ class Explanation:
         look_alike = _LOOK_ALIKE.match(rejection.reason)
         if look_alike and (int(look_alike[1]) <= 2 or (self.loops and rejection.location in lines)):
             return True
+        if any(0 < rejection.steps == other.steps - 1 for other in self.rejections):  # the same loop, read from within a step on
+            return True
         if not self.loops:
+            if look_alike and any(r.steps and r.ops >= rejection.ops / 2 for r in self.rejections if not _is_no_loop(r)):
+                return True
             most = max((r.ops for r in self.rejections if not _is_no_loop(r)), default=0)
             return rejection.ops < most / 2
         step = max(len(loop.body.graph.nodes) for loop in self.loops)

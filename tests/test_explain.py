@@ -144,6 +144,24 @@ def test_what_no_program_can_run_is_named_before_what_it_can() -> None:
     assert "'randn_like' from step to step" in text and "step_from" not in text
 
 
+def test_a_loop_that_can_be_read_in_several_ways_is_refused_once() -> None:
+    gates, read_out = nn.Linear(8, 32), nn.Linear(8, 32)
+
+    def f(x):
+        h = c = torch.zeros_like(x[0])
+        out = []
+        for t in range(len(x)):
+            i, f, g, o = torch.split((gates(x[t]) + read_out(h)).sigmoid(), 8, dim=1)
+            c = f * c + i * g
+            h = o * c
+            out.append(h)
+        return torch.stack(out)
+
+    found = snn_compile.explain(f)(torch.rand(12, 2, 8))
+    assert str(found).count("  - ") == 1 and "'step_from': 12}" in str(found)
+    assert found.verbose().count("  - ") > 1
+
+
 def test_a_write_that_is_no_value_is_named() -> None:
     def into_memory_from_outside(x):
         states, out = torch.zeros(2, *x.shape[1:]), []
