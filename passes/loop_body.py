@@ -238,10 +238,17 @@ class LoopBody:
         step = columns[series[0]].step
         if rest or abs(step) != 1:
             raise Reject("a write inside the loop is not one whole slice", node=node, location=user_location(node))
+        if self._is_written(residue, len(columns) - 1):  # (what is stored is collected behind the loop)
+            raise Reject("what a write inside the loop puts into a slice is written into", node=node, location=user_location(node))
         stored = self._operand(residue, len(columns) - 1, value)
         self.stores[residue] = (dim, leaves[series[0]], step < 0)  # type: ignore[assignment]
         target = whole.select(dim, 0)
         return self._as_slice(stored, target)  # type: ignore[arg-type]
+
+    def _is_written(self, residue: int, slot: int) -> bool:
+        """Whether something writes into this operand, in any iteration."""
+        leaves = (self.window.leaves(residue, t)[slot] for t in range(self.window.count) if self.window.exists(residue, t))
+        return any(isinstance(leaf, fx.Node) and self.window.view.is_written(leaf) for leaf in leaves)
 
     def _as_slice(self, stored: fx.Node, target: torch.Tensor) -> fx.Node:
         """What assignment does to a value: cast to the buffer's dtype and broadcast to the slice."""

@@ -9,7 +9,7 @@ from torch import fx
 
 from snn_compile.errors import Reject
 from snn_compile.ir.values import example, shape_hint, user_line, user_location, wanting_grad
-from snn_compile.passes.effects import is_grad_switch
+from snn_compile.passes.effects import has_effect, is_grad_switch
 from snn_compile.passes.relate_iterations import Column, Graph, Run
 
 
@@ -60,6 +60,8 @@ class Window:
         tail = self.run.stop - self.stop
         if tail <= 0 or any(c.kind in ("series", "numbers") for r in range(tail, self.period) for c in self.columns(r)):
             return  # (there is no slice of x for what the last iteration lacks)
+        if any(has_effect(self.node(r, self.template)) for r in range(tail, self.period)):
+            return  # (a write into what the last iteration has made is not dead)
         for residue in range(tail):
             outside = [
                 any(self.view.position.get(u, 1 << 60) >= self.run.stop for u in self.node(residue, t).users)
@@ -89,6 +91,19 @@ class Window:
         """Whether what some iteration gives is written into outside of the window."""
         own = range(self.start, self.stop)
         return any(self.view.is_written(self.node(residue, t), own) for t in range(self.count) if self.exists(residue, t))
+
+    def check_writes(self) -> None:
+        """An iteration may write into what it has made itself, and into memory from outside of the loop: then the order of a step
+        is all that counts. (`passes/functionalize` has made values of all other writes that it could.)"""
+        for write, made in self.view.writes_in(range(self.start, self.stop)):
+            if (write - self.start) // self.period != (made - self.start) // self.period:
+                node = self.view.nodes[write]
+                raise Reject(
+                    f"'{user_line(node) or node.name}' writes into what an earlier step has made",
+                    node=node,
+                    location=user_location(node),
+                    hint="make a new value instead, as in v = torch.where(s > 0, 0.0, v)",
+                )
 
     @functools.cached_property
     def growing(self) -> set[int]:

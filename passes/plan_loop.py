@@ -19,6 +19,7 @@ class LoopPlan:
 
     def __init__(self, window: Window, name: str) -> None:
         self.window = window
+        window.check_writes()
         self.body = LoopBody(window)
         self.carries = [
             LoopCarry(base_name(c.placeholder.name.removeprefix("carry_")), example(c.placeholder))  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -122,6 +122,24 @@ class Graph:
             for operand in written(node):
                 places.setdefault(storage_key(operand), []).append(place)
         return places
+
+    @functools.cached_property
+    def _made(self) -> dict[int, int]:
+        """Memory -> the place of its first name; a graph's inputs have none."""
+        given = {storage_key(n) for n in self.gm.graph.find_nodes(op="placeholder")}
+        places: dict[int, int] = {}
+        for place, node in enumerate(self.nodes):
+            key = storage_key(node)
+            if key is not None and key not in given:
+                places.setdefault(key, place)
+        return places
+
+    def writes_in(self, places: range) -> Iterator[tuple[int, int]]:
+        """Of every write into memory that is made at one of these places, too: where, and where the memory is made."""
+        for key, writes in self._writes.items():
+            made = self._made.get(key, -1)  # type: ignore[arg-type]
+            if made in places:
+                yield from ((write, made) for write in writes if write in places)
 
     def is_written(self, node: fx.Node, but_in: range = range(0)) -> bool:
         """Whether something writes into the node's memory, under whatever name, `but_in` these places."""

@@ -1,0 +1,163 @@
+"""Random time loops, as Dynamo traces them, against eager: results, their layouts and their memory, what is written, gradients.
+
+Recurrences run step by step in eager (`tests/test_random_steps.Interpreted`), so a program takes a second; `--compiled` runs the
+whole backend instead.
+
+    python tests/test_random_programs.py --programs 500 --seed 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import time
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from snn_compile.config import Config
+from snn_compile.pipeline import run_pipeline
+from tests.random_programs import Made, make, source, weights
+from tests.test_random_steps import interpreted
+
+seen: collections.Counter[str] = collections.Counter()
+
+
+class Wrong(AssertionError):
+    """What a program gives compiled is not what eager gives."""
+
+
+def close(what: str, a: Tensor, b: Tensor) -> None:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        raise Wrong(f"{what}: {b.dtype} {tuple(b.shape)}, eager has {a.dtype} {tuple(a.shape)}")
+    error = (a - b).abs().max() if a.is_floating_point() and a.numel() else torch.tensor(0.0)
+    scale = a.detach().abs().max() if a.numel() else torch.tensor(1.0)
+    if not torch.allclose(a, b, rtol=1e-9, atol=1e-9 * max(1.0, float(scale)), equal_nan=True):
+        raise Wrong(f"{what}: off by {float(error.detach())}")
+
+
+def strides(value: Tensor) -> tuple[int, ...]:
+    return tuple(s for s, n in zip(value.stride(), value.shape, strict=True) if n > 1)
+
+
+def share(values: list[Tensor], others: list[Tensor]) -> list[list[bool]]:
+    memory = [v.untyped_storage().data_ptr() for v in values]
+    return [[o.untyped_storage().data_ptr() == m for o in others] for m in memory]
+
+
+def gradients(made: Made, results: list[Tensor]) -> list[Tensor | None]:
+    wanted = [r for r in results if r.requires_grad and r.is_floating_point()]
+    leaves = made.leaves()
+    if not wanted:
+        return [None] * len(leaves)
+    return list(torch.autograd.grad(wanted, leaves, [weights(r.shape, r.dtype) for r in wanted], allow_unused=True))
+
+
+def compare(eager: Made, expected: list[Tensor], compiled: Made, got: list[Tensor], layouts: bool) -> None:
+    for i, (a, b) in enumerate(zip(expected, got, strict=True)):
+        close(f"result {i}", a, b)
+        if layouts and strides(a) != strides(b):
+            raise Wrong(f"result {i}: strides {b.stride()}, eager has {a.stride()}")
+    for i, (a, b) in enumerate(zip(eager.buffers(), compiled.buffers(), strict=True)):
+        close(f"buffer {i}", a, b)
+    mine, theirs = (share(r, m.operands) for r, m in ((got, compiled), (expected, eager)))
+    if layouts and mine != theirs:
+        raise Wrong(f"results share memory with inputs: {mine}, in eager {theirs}")
+    try:
+        wanted = gradients(eager, expected)
+    except RuntimeError:  # (written into what its backward needs)
+        seen["eager has no gradient"] += 1
+        return
+    for i, (g, h) in enumerate(zip(wanted, gradients(compiled, got), strict=True)):
+        if g is None or h is None:
+            if any(v is not None and v.any() for v in (g, h)):
+                raise Wrong(f"gradient {i}: {h}, eager has {g}")
+        elif not g.isfinite().all():
+            seen["a gradient of eager overflows"] += 1
+        else:
+            close(f"gradient {i}", g, h)
+
+
+def _passes(gm: fx.GraphModule, _: object):  # type: ignore[no-untyped-def]
+    gm, report = run_pipeline(gm, Config(strict=True, step_from=4))
+    seen["recurrences"] += len(report.recurrences)
+    seen["graphs with a loop"] += bool(report.loops)
+    seen["graphs"] += 1
+    return gm.forward
+
+
+def check(seed: int, compiled: bool = False, text: str = "") -> None:
+    """The program of this seed, or `text` in its place."""
+    given, steps = source(seed)
+    text = text or given
+    eager = make(seed, text, steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            expected = eager.run(eager.function)
+        except Exception:
+            seen["eager fails"] += 1
+            return
+        other = make(seed, text, steps)
+        torch._dynamo.reset()
+        with contextlib.nullcontext() if compiled else interpreted():
+            backend, options = ("snn", {"strict": True, "step_from": 4}) if compiled else (_passes, None)
+            got = other.run(torch.compile(other.function, backend=backend, options=options, dynamic=False))
+            seen["programs"] += 1
+            compare(eager, expected, other, got, layouts=True)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_a_program_means_what_it_says(part: int) -> None:
+    for seed in range(part * 15, part * 15 + 15):
+        check(seed)
+
+
+def shortened(seed: int, compiled: bool, failure: type[Exception]) -> str:
+    """The program of this seed without the lines that do not matter to how it fails."""
+    lines = source(seed)[0].splitlines()
+
+    def fails(lines: list[str]) -> bool:
+        try:
+            check(seed, compiled, "\n".join(lines))
+        except Exception as found:
+            return type(found) is failure
+        return False
+
+    at = len(lines)
+    while at > 0:
+        at -= 1
+        fewer = lines[:at] + lines[at + 1 :]
+        if fails(fewer):
+            lines = fewer
+            at = min(at, len(lines))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--programs", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=1, help="of the first program; the others follow")
+    parser.add_argument("--compiled", action="store_true", help="with Inductor and generated kernels: ten times as slow")
+    parser.add_argument("--shorten", action="store_true", help="print what fails, without the lines that do not matter")
+    given = parser.parse_args()
+    start, failures = time.perf_counter(), 0
+    for seed in range(given.seed, given.seed + given.programs):
+        try:
+            check(seed, given.compiled)
+        except Exception as failure:
+            failures += 1
+            lines = str(failure).strip().splitlines() or [""]
+            print(f"{seed}: {type(failure).__name__}: {lines[0][:200]}", flush=True)
+            if given.shorten:
+                print(shortened(seed, given.compiled, type(failure)), flush=True)
+    print(f"torch {torch.__version__}, {time.perf_counter() - start:.0f} s, {failures} failures")
+    for what, count in seen.most_common():
+        print(f"{count:7} {what}")
+
+
+if __name__ == "__main__":
+    main()
