@@ -26,7 +26,7 @@ import torch
 from torch import fx
 
 from snn_compile.ir.loop import Loop, LoopCarry, LoopInput, LoopOutput
-from snn_compile.ir.values import base_name, example, shape_hint
+from snn_compile.ir.values import base_name, example, shape_hint, storage_key
 from snn_compile.passes.classify import OpInfo, aliases
 from snn_compile.passes.emit import replace_by_results
 from snn_compile.passes.loop_results import stacked_example
@@ -235,9 +235,16 @@ def distribute(
     splitter.rewire()
     for (_, new), group in zip(calls, groups, strict=True):
         new.is_kernel, new.is_recurrent = group.is_kernel, group.recurrent
-    pure = [all(infos[n].pure for n in group.nodes) for group in groups]
+    given = {storage_key(p) for p in loop.placeholders()[len(loop.carries) :]}  # (no step writes into what one before has made)
+    pure = [all(_changes_nothing_given(infos[n], given) for n in group.nodes) for group in groups]
     dead = [c for c, p in zip(reversed(calls), reversed(pure), strict=True) if p and _drop_unused(gm, c[0])]
     return [c for c in calls if c not in dead]
+
+
+def _changes_nothing_given(info: OpInfo, given: set[int | None]) -> bool:
+    """It is pure, or writes only into what the step has made itself."""
+    written = set(map(storage_key, info.writes))
+    return info.pure or bool(written and written.isdisjoint({*given, None}))
 
 
 def _drop_unused(gm: fx.GraphModule, call: fx.Node) -> bool:

@@ -239,7 +239,8 @@ class LoopBody:
         if rest or abs(step) != 1:
             raise Reject("a write inside the loop is not one whole slice", node=node, location=user_location(node))
         if self._is_written(residue, len(columns) - 1):  # (what is stored is collected behind the loop)
-            raise Reject("what a write inside the loop puts into a slice is written into", node=node, location=user_location(node))
+            reason = "what a write inside the loop puts into a slice is itself written into"
+            raise Reject(reason, node=node, location=user_location(node))
         stored = self._operand(residue, len(columns) - 1, value)
         self.stores[residue] = (dim, leaves[series[0]], step < 0)  # type: ignore[assignment]
         target = whole.select(dim, 0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -27,14 +28,14 @@ def unroll(gm: fx.GraphModule, call: fx.Node, loop: Loop) -> None:
     steps: list[list[fx.Node]] = []
     with graph.inserting_before(call):
         for t in range(length):
-            now = [_read(graph, x, length - 1 - t if s.reverse else t) for x, s in zip(xs, loop.xs, strict=True)]
-            env = dict(zip(placeholders, (*carries, *now, *consts), strict=True))
+            now = [(x, length - 1 - t if s.reverse else t) for x, s in zip(xs, loop.xs, strict=True)]
+            env = _Step(gm, loop, dict(zip(placeholders, (*carries, *now, *consts), strict=True)))
             for node in loop.body.graph.nodes:
                 if node.op in ("call_function", "call_method", "call_module"):
-                    env[node] = graph.node_copy(node, lambda n, env=env: env[n] if n in env else attribute(gm, loop, n))
+                    env.values[node] = graph.node_copy(node, env)
             next_carries, values = loop.results()
-            carries = [env[n] for n in next_carries]
-            steps.append([env[n] for n in values])
+            carries = [env(n) for n in next_carries]
+            steps.append([env(n) for n in values])
         results = [_stack(graph, y, [s[i] for s in steps]) for i, y in enumerate(loop.ys)]
     results += [v for v, c in zip(carries, loop.carries, strict=True) if c.is_result]
     for user in list(call.users):
@@ -44,6 +45,24 @@ def unroll(gm: fx.GraphModule, call: fx.Node, loop: Loop) -> None:
         if not node.users and node.target is torch.stack:
             graph.erase_node(node)
     delattr(gm, str(call.target))
+
+
+@dataclass
+class _Step:
+    """The values of one iteration; a slice of a series, known as (series, t), is read where it is first needed: a view made
+    before another one of its tensor is given values that want a gradient may not be written into afterwards."""
+
+    gm: fx.GraphModule
+    loop: Loop
+    values: dict[fx.Node, object]
+
+    def __call__(self, node: fx.Node) -> fx.Node:
+        if node not in self.values:
+            return attribute(self.gm, self.loop, node)
+        value = self.values[node]
+        if isinstance(value, tuple):
+            value = self.values[node] = _read(self.gm.graph, *value)
+        return value  # type: ignore[return-value]
 
 
 def _read(graph: fx.Graph, x: fx.Node, t: int) -> fx.Node:

@@ -40,7 +40,19 @@ POINTWISE = (
     "torch.zeros_like({a})",
     "torch.ones({a}.shape, dtype={a}.dtype) * {b}",
 )
-READS = ("x[t]", "x[t]", "x[t]", "x[T - 1 - t]", "x[max(t - 1, 0)]", "y[:, t]", "x[0]", "x[t].relu()", "lin(x[t])", "bn(x[t])", "lin(y[:, t])")
+READS = (
+    "x[t]",
+    "x[t]",
+    "x[t]",
+    "x[T - 1 - t]",
+    "x[max(t - 1, 0)]",
+    "y[:, t]",
+    "x[0]",
+    "x[t].relu()",
+    "lin(x[t])",
+    "bn(x[t])",
+    "lin(y[:, t])",
+)
 VIEWS = (
     "{a}.t().t()",
     "{a}.view(-1).view({a}.shape)",
@@ -78,7 +90,15 @@ WRITES = (
     "{v}.t().mul_(0.5)",
     "{v}.relu_()",
 )
-INTO_SERIES = ("mem[t] = {a}", "mem[t].copy_({a})", "mem[t, :, 1] = {a}[:, 1]", "mem[t] += {a}", "buf.copy_({a}.detach())", "made[t] = {a}", "made[:, t] = {a}")
+INTO_SERIES = (
+    "mem[t] = {a}",
+    "mem[t].copy_({a})",
+    "mem[t, :, 1] = {a}[:, 1]",
+    "mem[t] += {a}",
+    "buf.copy_({a}.detach())",
+    "made[t] = {a}",
+    "made[t] = {a}",
+)
 STARTS = (
     "torch.zeros_like(x[0])",
     "torch.zeros_like(x[0])",
@@ -158,7 +178,7 @@ class _Writer:
             if starts[v] == "None":
                 self.line(f"if {v} is None:")
                 self.line(f"    {v} = {rng.choice(STARTS[:5])}")
-        usable = [v for v in states]
+        usable = list(states)
         if source is not None:
             usable.append(f"{source}[t]")
         for _ in range(rng.randint(2, 7)):
@@ -204,7 +224,8 @@ def source(seed: int) -> tuple[str, int]:
     rng = random.Random(seed)
     steps, writer = rng.choice((2, 3, 4, 5, 5, 6, 8)), _Writer(rng)
     writer.line(f"T = {steps}")
-    writer.line("made = torch.zeros(T, *x.shape[1:], dtype=x.dtype)" if rng.random() < 0.6 else "made = x.new_zeros(T, T, *x.shape[1:])[0]")
+    size = rng.choice(("T, *x.shape[1:]", "T, *x.shape[1:]", "T, T, *x.shape[1:]"))
+    writer.line(f"made = x.new_zeros({size}){'[0]' if size.startswith('T, T') else ''}")
     loops = rng.choice((1, 1, 1, 2))
     for i in range(loops):
         writer.loop(i == 0)
