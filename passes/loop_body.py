@@ -11,7 +11,7 @@ from torch import fx
 
 from snn_compile.errors import Reject
 from snn_compile.ir.loop import LoopInput
-from snn_compile.ir.values import base_name, example, user_line, user_location, value_name, wanting_grad
+from snn_compile.ir.values import base_name, example, shape_key, user_line, user_location, value_name, wanting_grad
 from snn_compile.passes.effects import has_effect
 from snn_compile.passes.functionalize import store
 from snn_compile.passes.loop_operands import (
@@ -238,18 +238,21 @@ class LoopBody:
         step = columns[series[0]].step
         if rest or abs(step) != 1:
             raise Reject("a write inside the loop is not one whole slice", node=node, location=user_location(node))
-        if self._is_written(residue, len(columns) - 1):  # (what is stored is collected behind the loop)
-            reason = "what a write inside the loop puts into a slice is itself written into"
-            raise Reject(reason, node=node, location=user_location(node))
+        self._check_stored(residue, len(columns) - 1, node)
         stored = self._operand(residue, len(columns) - 1, value)
         self.stores[residue] = (dim, leaves[series[0]], step < 0)  # type: ignore[assignment]
         target = whole.select(dim, 0)
         return self._as_slice(stored, target)  # type: ignore[arg-type]
 
-    def _is_written(self, residue: int, slot: int) -> bool:
-        """Whether something writes into this operand, in any iteration."""
-        leaves = (self.window.leaves(residue, t)[slot] for t in range(self.window.count) if self.window.exists(residue, t))
-        return any(isinstance(leaf, fx.Node) and self.window.view.is_written(leaf) for leaf in leaves)
+    def _check_stored(self, residue: int, slot: int, node: fx.Node) -> None:
+        """What is stored is collected behind the loop: by then it is what it was, and of one shape in all steps."""
+        steps = (t for t in range(self.window.count) if self.window.exists(residue, t))
+        values = [v for t in steps if isinstance(v := self.window.leaves(residue, t)[slot], fx.Node)]
+        if any(map(self.window.view.is_written, values)):
+            reason = "what a write inside the loop puts into a slice is itself written into"
+            raise Reject(reason, node=node, location=user_location(node))
+        if len({shape_key(v) for v in map(example, values) if isinstance(v, torch.Tensor)}) > 1:
+            raise Reject("a write inside the loop is given values of several shapes", node=node, location=user_location(node))
 
     def _as_slice(self, stored: fx.Node, target: torch.Tensor) -> fx.Node:
         """What assignment does to a value: cast to the buffer's dtype and broadcast to the slice."""

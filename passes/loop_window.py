@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from snn_compile.errors import Reject
-from snn_compile.ir.values import example, shape_hint, user_line, user_location, wanting_grad
+from snn_compile.ir.values import example, shape_hint, storage_key, user_line, user_location, wanting_grad
 from snn_compile.passes.effects import has_effect, is_grad_switch
 from snn_compile.passes.relate_iterations import Column, Graph, Run
 
@@ -93,17 +93,36 @@ class Window:
         return any(self.view.is_written(self.node(residue, t), own) for t in range(self.count) if self.exists(residue, t))
 
     def check_writes(self) -> None:
-        """An iteration may write into what it has made itself, and into memory from outside of the loop: then the order of a step
-        is all that counts. (`passes/functionalize` has made values of all other writes that it could.)"""
-        for write, made in self.view.writes_in(range(self.start, self.stop)):
-            if (write - self.start) // self.period != (made - self.start) // self.period:
-                node = self.view.nodes[write]
+        """Steps may write into what they have made themselves, and into memory from outside of the loop that all of them read
+        alike: then the order within a step is all that counts. (`passes/functionalize` has made values of all other writes
+        that it could.)"""
+        own = range(self.start, self.stop)
+        for key, made, writes in self.view.writes_in(own):
+            if made in own:
+                step = (made - self.start) // self.period
+                others = [w for w in writes if (w - self.start) // self.period != step]
+                reason = "writes into what an earlier step has made"
+            else:
+                others = [] if self._read_alike(key) else writes
+                reason = "writes into memory that some steps read under another name"
+            if others:
+                node = self.view.nodes[others[0]]
                 raise Reject(
-                    f"'{user_line(node) or node.name}' writes into what an earlier step has made",
+                    f"'{user_line(node) or node.name}' {reason}",
                     node=node,
                     location=user_location(node),
                     hint="make a new value instead, as in v = torch.where(s > 0, 0.0, v)",
                 )
+
+    def _read_alike(self, memory: int | None) -> bool:
+        """Whether an operand that lies in this memory does so in all steps."""
+        for residue in range(self.period):
+            steps = [self.leaves(residue, t) for t in range(self.count) if self.exists(residue, t)]
+            for operands in zip(*steps, strict=True):
+                where = {isinstance(o, fx.Node) and storage_key(o) == memory for o in operands}
+                if len(where) > 1:
+                    return False
+        return True
 
     @functools.cached_property
     def growing(self) -> set[int]:

@@ -134,12 +134,11 @@ class Graph:
                 places.setdefault(key, place)
         return places
 
-    def writes_in(self, places: range) -> Iterator[tuple[int, int]]:
-        """Of every write into memory that is made at one of these places, too: where, and where the memory is made."""
+    def writes_in(self, places: range) -> Iterator[tuple[int | None, int, list[int]]]:
+        """Memory that is written into at these places: its key, where it is made (-1: before all ops), and the writes."""
         for key, writes in self._writes.items():
-            made = self._made.get(key, -1)  # type: ignore[arg-type]
-            if made in places:
-                yield from ((write, made) for write in writes if write in places)
+            if inside := [w for w in writes if w in places]:
+                yield key, self._made.get(key, -1), inside  # type: ignore[arg-type]
 
     def is_written(self, node: fx.Node, but_in: range = range(0)) -> bool:
         """Whether something writes into the node's memory, under whatever name, `but_in` these places."""

@@ -57,12 +57,12 @@ def _results(graph: fx.Graph) -> list[object]:
 
 def _root(node: fx.Node) -> tuple[fx.Node, object]:
     """The op in whose result the node's value lies, and which of its results that is."""
-    base = _views(node)[-1]
+    base = views_back(node)[-1]
     is_element = is_getitem(base) and isinstance(base.args[0], fx.Node) and not _is_copy(base)
     return (base.args[0], base.args[1]) if is_element else (base, None)  # type: ignore[return-value]
 
 
-def _views(node: fx.Node) -> list[fx.Node]:
+def views_back(node: fx.Node) -> list[fx.Node]:
     """The node and what it is a view of, back to the value that holds the memory."""
     found = [node]
     while (source := _viewed(found[-1])) is not None:
@@ -87,7 +87,7 @@ def _is_copy(node: fx.Node) -> bool:
 
 def _is_part(result: fx.Node, before: Tensor) -> bool:
     """Whether the result is a part of a larger value, where eager's has memory of its own."""
-    numels = [_numel(v) for v in map(example, _views(result)) if isinstance(v, Tensor)]
+    numels = [_numel(v) for v in map(example, views_back(result)) if isinstance(v, Tensor)]
     if not numels or None in numels or _numel(before) is None:
         return False
     held = known_int(before.untyped_storage().nbytes())

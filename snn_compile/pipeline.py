@@ -78,6 +78,7 @@ from snn_compile.passes.specialize import (
 )
 from snn_compile.passes.unroll import restore_writes, unroll
 from snn_compile.passes.unwrap_steps import unwrap_steps
+from snn_compile.passes.views_of_inputs import views_of_inputs
 from snn_compile.passes.work_on_copies import work_on_copies
 from snn_compile.passes.write_out import write_out
 
@@ -161,6 +162,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     counters["snn_compile"]["ops_decomposed"] += decomposed
     unwrap_steps(work)
     write_out(work.graph)
+    views_of_inputs(work.graph)
     work_on_copies(work.graph)
     inline_detached(work)
     merge_views(work.graph)
