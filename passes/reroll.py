@@ -28,7 +28,7 @@ from torch import Tensor, fx
 
 from snn_compile.errors import Reject, Rejection
 from snn_compile.ir.loop import Loop
-from snn_compile.ir.values import example, is_getitem, known_int, user_line, user_location
+from snn_compile.ir.values import example, known_int, user_line, user_location
 from snn_compile.passes.effects import is_write
 from snn_compile.passes.emit import delete_unused_children
 from snn_compile.passes.find_repeats import Repeat, find_repeats
@@ -38,6 +38,7 @@ from snn_compile.passes.move_own_layers import MOVED
 from snn_compile.passes.plan_loop import LoopPlan
 from snn_compile.passes.relate_iterations import Graph, Run
 from snn_compile.passes.replace_loop import replace_by_loop
+from snn_compile.passes.views import VIEWS
 
 Accept = Callable[[Loop], "Rejection | None"]
 
@@ -102,7 +103,7 @@ def _first_loop(
             continue
         if not are_layers and any(n.meta.get(MOVED) for n in view.nodes[repeat.start : repeat.start + repeat.period]):
             continue
-        if all(is_getitem(n) for n in view.nodes[repeat.start : repeat.start + repeat.period]):
+        if all(n.target in VIEWS for n in view.nodes[repeat.start : repeat.start + repeat.period]):
             rejections[key] = Rejection(ONLY_READS, location=user_location(view.nodes[repeat.start]), ops=repeat.covered)
             continue
         try:

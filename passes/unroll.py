@@ -86,10 +86,18 @@ def _replace(graph: fx.Graph, user: fx.Node, result: fx.Node) -> None:
     if result.target is torch.stack and len(result.args) == 1:
         for reader in list(user.users):
             if is_getitem(reader) and isinstance(reader.args[1], int):
-                reader.replace_all_uses_with(result.args[0][reader.args[1]])  # type: ignore[index]
+                value = result.args[0][reader.args[1]]  # type: ignore[index]
+                if _is_contiguous(reader) and not _is_contiguous(value):  # (a part of another value: a `view` may follow)
+                    continue
+                reader.replace_all_uses_with(value)
                 graph.erase_node(reader)
     user.replace_all_uses_with(result)
     graph.erase_node(user)
+
+
+def _is_contiguous(node: fx.Node) -> bool:
+    value = example(node)
+    return isinstance(value, torch.Tensor) and value.is_contiguous()
 
 
 def restore_writes(gm: fx.GraphModule, is_kernel: Callable[[fx.Node], bool]) -> None:

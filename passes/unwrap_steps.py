@@ -5,7 +5,8 @@
 A layer for all steps that is called with one, or an op that `decompose` has inlined, leaves such pairs in the path of a state,
 where no kernel can hold them.
 
-Does not fire: stacks of what something writes into, since a stack is a copy.
+Does not fire: stacks of what something writes into, since a stack is a copy; what lies in memory otherwise than a step of
+the stack, where that shows.
 """
 
 from __future__ import annotations
@@ -47,9 +48,15 @@ def _unwrapped(node: fx.Node, changed: set[int | None]) -> fx.Node | None:
         steps = series.args[0]
         known = isinstance(steps, (list, tuple)) and -len(steps) <= index < len(steps)  # type: ignore[operator]
         is_written = known and {storage_key(series), *map(storage_key, steps)} & changed  # type: ignore[arg-type]
-        return steps[index] if known and not is_written else None  # type: ignore[index, return-value]
+        if not known or is_written or (_shows_layout(node) and not example(steps[index]).is_contiguous()):  # type: ignore[index, union-attr]
+            return None
+        return steps[index]  # type: ignore[index, return-value]
     is_wrapped = (series.target in _UNSQUEEZE and _is_first_dim(series, 1)) or (is_getitem(series) and series.args[1] is None)
     return series.args[0] if is_wrapped and index in (0, -1) else None  # type: ignore[return-value]
+
+
+def _shows_layout(node: fx.Node) -> bool:
+    return any(user.op == "output" or user.target == "view" for user in node.users)
 
 
 def _is_first_dim(node: fx.Node, place: int) -> bool:

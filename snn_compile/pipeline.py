@@ -78,6 +78,7 @@ from snn_compile.passes.specialize import (
 )
 from snn_compile.passes.unroll import restore_writes, unroll
 from snn_compile.passes.unwrap_steps import unwrap_steps
+from snn_compile.passes.views import VIEWS
 from snn_compile.passes.views_of_inputs import views_of_inputs
 from snn_compile.passes.work_on_copies import work_on_copies
 from snn_compile.passes.write_out import write_out
@@ -319,6 +320,8 @@ def _lower(gm: fx.GraphModule, report: Report, dump: Dump, config: Config) -> No
             count = replace_convolutions_at_one_position(loop.body)
             report.convolutions_replaced += count
             infos = classify(loop, is_pointwise_op)
+            if all(n.target in VIEWS for n in infos):  # (it computes nothing)
+                continue
             if not loop.is_shorter(config.step_from) or runs_by_channel(list(infos), infos):
                 _lower_stepped(gm, call, loop, infos, report, dump)
             elif count:

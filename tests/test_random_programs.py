@@ -59,15 +59,15 @@ def gradients(made: Made, results: list[Tensor]) -> list[Tensor | None]:
     return list(torch.autograd.grad(wanted, leaves, [weights(r.shape, r.dtype) for r in wanted], allow_unused=True))
 
 
-def compare(eager: Made, expected: list[Tensor], compiled: Made, got: list[Tensor], layouts: bool) -> None:
+def compare(eager: Made, expected: list[Tensor], compiled: Made, got: list[Tensor], shared: bool) -> None:
     for i, (a, b) in enumerate(zip(expected, got, strict=True)):
         close(f"result {i}", a, b)
-        if layouts and strides(a) not in (None, strides(b)):
+        if strides(a) not in (None, strides(b)):
             raise Wrong(f"result {i}: strides {b.stride()}, eager has {a.stride()}")
     for i, (a, b) in enumerate(zip(eager.buffers(), compiled.buffers(), strict=True)):
         close(f"buffer {i}", a, b)
     mine, theirs = (share(r, m.operands) for r, m in ((got, compiled), (expected, eager)))
-    if layouts and mine != theirs:
+    if shared and mine != theirs:
         raise Wrong(f"results share memory with inputs: {mine}, in eager {theirs}")
     try:
         wanted = gradients(eager, expected)
@@ -110,7 +110,8 @@ def check(seed: int, compiled: bool = False, text: str = "") -> None:
             backend, options = ("snn", {"strict": True, "step_from": 4}) if compiled else (_passes, None)
             got = other.run(torch.compile(other.function, backend=backend, options=options, dynamic=False))
             seen["programs"] += 1
-            compare(eager, expected, other, got, layouts=True)
+            # (a view taken while gradients are switched off is no view that can be taken again)
+            compare(eager, expected, other, got, shared="grad():" not in text)
 
 
 @pytest.mark.parametrize("part", range(4))
