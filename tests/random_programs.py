@@ -6,6 +6,7 @@ read, shortened and run by itself. Used by `tests/test_random_programs.py`.
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 from collections.abc import Callable
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 
 from tests.passes.capture import Spike
 
-BATCH, FEATURES = 3, 4
+BATCH, FEATURES, IMAGE = 3, 4, (3, 4)
 
-#: Values of a step, [BATCH, FEATURES]; `a`, `b` are earlier ones.
+#: Values of a step, [BATCH, FEATURES] or images of that; `a`, `b` are earlier ones.
 POINTWISE = (
     "{a} + {b}",
     "{a} * 0.5",
@@ -54,7 +55,7 @@ READS = (
     "lin(y[:, t])",
 )
 VIEWS = (
-    "{a}.t().t()",
+    "{a}.transpose(0, 1).transpose(0, 1)",
     "{a}.view(-1).view({a}.shape)",
     "{a}.flip(1)",
     "torch.cat([{a}[:, :2], {b}[:, 2:]], 1)",
@@ -73,6 +74,7 @@ LAYERS = (
     "{a}.mean(1, keepdim=True) + {b}",
     "{a} - {a}.sum(0, keepdim=True)",
     "{a} @ w",
+    "pool({a})",
     "seq({a})",
 )
 WRITES = (
@@ -87,7 +89,7 @@ WRITES = (
     "{v}.copy_({a})",
     "{v}[:, :2].copy_({a}[:, :2])",
     "{v}.zero_()",
-    "{v}.t().mul_(0.5)",
+    "{v}.transpose(0, 1).mul_(0.5)",
     "{v}.relu_()",
 )
 INTO_SERIES = (
@@ -114,7 +116,7 @@ STARTS = (
     "b * 1.0",
     "x[0]",
     "y[:, 0]",
-    "torch.zeros(1, x.shape[2], dtype=x.dtype)",
+    "torch.zeros(1, *x.shape[2:], dtype=x.dtype)",
     "lin(x[0])",
 )
 CONDITIONS = ("if t == 0:", "if t > 0:", "if t % 2 == 0:", "if t < T - 1:", "with torch.no_grad():", "with torch.enable_grad():")
@@ -159,7 +161,8 @@ class _Writer:
 
     def loop(self, first: bool) -> None:
         rng = self.rng
-        states = [self.name("v") for _ in range(rng.choice((1, 1, 2, 2, 3)))]
+        kept = "h." if rng.random() < 0.3 else ""  # (attributes of a module, as libraries keep their states)
+        states = [kept + self.name("v") for _ in range(rng.choice((1, 1, 2, 2, 3)))]
         starts = {v: rng.choice(STARTS) for v in states}
         if len(states) > 1 and rng.random() < 0.1:
             starts[states[1]] = states[0]
@@ -200,7 +203,7 @@ class _Writer:
 
     def statement(self, usable: list[str], states: list[str]) -> None:
         rng, kind = self.rng, self.rng.random()
-        written = [u for u in usable if u.isidentifier()]
+        written = [u for u in usable if not u.endswith("]")]
         if kind < 0.62:
             target = rng.choice(states) if rng.random() < 0.35 else self.name("a")
             self.line(f"{target} = {self.value(usable)}")
@@ -255,28 +258,36 @@ class Made:
     def buffers(self) -> list[Tensor]:
         return [*self.operands[4:], *self.layers.buffers()]
 
+    def states(self) -> list[Tensor]:
+        """What the program has left in attributes."""
+        kept = {k: v for k, v in vars(self.layers.h).items() if k.startswith("v")}
+        return [torch.as_tensor(kept[k]) for k in sorted(kept) if kept[k] is not None]
+
     def leaves(self) -> list[Tensor]:
         return [*self.operands[:4], *self.layers.parameters()]
 
 
-def make(seed: int, text: str, steps: int, dtype: torch.dtype = torch.float64) -> Made:
-    """Operands are multiples of 1/8, so that most sums are exact in any order."""
+def make(seed: int, text: str, steps: int, images: bool = False, dtype: torch.dtype = torch.float64) -> Made:
+    """Operands are multiples of 1/8, so that most sums are exact in any order; `images`: layers are convolutional."""
+    size = (FEATURES, *IMAGE) if images else (FEATURES,)
     generator = torch.Generator().manual_seed(seed)
 
     def eighths(*shape: int) -> Tensor:
         return torch.randint(-12, 17, shape, generator=generator).to(dtype) / 8
 
     layers = nn.Module()
-    layers.lin = nn.Linear(FEATURES, FEATURES, dtype=dtype)
-    layers.bn = nn.BatchNorm1d(FEATURES, dtype=dtype).train(seed % 3 == 0)
-    layers.norm = nn.LayerNorm(FEATURES, dtype=dtype)
-    layers.seq = nn.Sequential(nn.Linear(FEATURES, FEATURES, dtype=dtype), nn.ReLU())
+    lin, bn = (nn.Conv2d, nn.BatchNorm2d) if images else (nn.Linear, nn.BatchNorm1d)
+    layers.lin = lin(FEATURES, FEATURES, 3, padding=1, dtype=dtype) if images else lin(FEATURES, FEATURES, dtype=dtype)
+    layers.bn = bn(FEATURES, dtype=dtype).train(seed % 3 == 0)
+    layers.norm = nn.GroupNorm(2, FEATURES, dtype=dtype) if images else nn.LayerNorm(FEATURES, dtype=dtype)
+    layers.pool = nn.AvgPool2d(3, 1, 1)
+    layers.h = nn.Module()
+    layers.seq = nn.Sequential(copy.deepcopy(layers.lin), nn.ReLU())
     with torch.no_grad():
         for p in layers.parameters():
             p.copy_(eighths(*p.shape))
-    series = eighths(steps, BATCH, FEATURES), eighths(BATCH, steps, FEATURES)
-    leaves = [*series, eighths(1), eighths(BATCH, FEATURES)]
-    operands = [*(v.requires_grad_() for v in leaves), eighths(BATCH, FEATURES), eighths(steps, BATCH, FEATURES)]
+    leaves = [eighths(steps, BATCH, *size), eighths(BATCH, steps, *size), eighths(1), eighths(BATCH, *size)]
+    operands = [*(v.requires_grad_() for v in leaves), eighths(BATCH, *size), eighths(steps, BATCH, *size)]
     names = {"torch": torch, "spike": spike, "w": eighths(FEATURES, FEATURES), **dict(layers.named_children())}
     return Made(_function(text, f"<program {seed}>", names), operands, layers)
 
