@@ -93,7 +93,7 @@ def _passes(gm: fx.GraphModule, _: object):  # type: ignore[no-untyped-def]
     return gm.forward
 
 
-def check(seed: int, compiled: bool = False, text: str = "") -> None:
+def check(seed: int, compiled: bool = False, text: str = "", dynamic: bool = False) -> None:
     """The program of this seed, or `text` in its place."""
     given, steps = source(seed)
     text = text or given
@@ -117,7 +117,7 @@ def check(seed: int, compiled: bool = False, text: str = "") -> None:
         torch._dynamo.reset()
         with contextlib.nullcontext() if compiled else interpreted():
             backend, options = ("snn", {"strict": True, "step_from": 4}) if compiled else (_passes, None)
-            got = other.run(torch.compile(other.function, backend=backend, options=options, dynamic=False))
+            got = other.run(torch.compile(other.function, backend=backend, options=options, dynamic=dynamic))
             seen["programs"] += 1
             # (a view taken while gradients are switched off is no view that can be taken again)
             compare(eager, expected, wanted, other, got, shared="grad():" not in text)
@@ -203,13 +203,13 @@ def test_a_record_in_steps_that_differ_compiles_whole() -> None:
     check(1, compiled=True, text="def f(x, y, k, b, buf, mem):" + WRONG_ONCE["a_record_in_steps_that_differ"])
 
 
-def shortened(seed: int, compiled: bool, failure: type[Exception]) -> str:
+def shortened(seed: int, compiled: bool, dynamic: bool, failure: type[Exception]) -> str:
     """The program of this seed without the lines that do not matter to how it fails."""
     lines = source(seed)[0].splitlines()
 
     def fails(lines: list[str]) -> bool:
         try:
-            check(seed, compiled, "\n".join(lines))
+            check(seed, compiled, "\n".join(lines), dynamic)
         except Exception as found:
             return type(found) is failure
         return False
@@ -229,18 +229,19 @@ def main() -> None:
     parser.add_argument("--programs", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1, help="of the first program; the others follow")
     parser.add_argument("--compiled", action="store_true", help="with Inductor and generated kernels: ten times as slow")
+    parser.add_argument("--dynamic", action="store_true", help="with symbolic sizes")
     parser.add_argument("--shorten", action="store_true", help="print what fails, without the lines that do not matter")
     given = parser.parse_args()
     start, failures = time.perf_counter(), 0
     for seed in range(given.seed, given.seed + given.programs):
         try:
-            check(seed, given.compiled)
+            check(seed, given.compiled, dynamic=given.dynamic)
         except Exception as failure:
             failures += 1
             lines = [line for line in str(failure).splitlines() if line] or [""]
             print(f"{seed}: {type(failure).__name__}: {' '.join(lines[:2])[:200]}", flush=True)
             if given.shorten:
-                print(shortened(seed, given.compiled, type(failure)), flush=True)
+                print(shortened(seed, given.compiled, given.dynamic, type(failure)), flush=True)
     print(f"torch {torch.__version__}, {time.perf_counter() - start:.0f} s, {failures} failures")
     for what, count in seen.most_common():
         print(f"{count:7} {what}")
