@@ -32,6 +32,17 @@ VIEWS = {
 }
 
 
+def test_a_part_that_all_steps_read_is_a_series():
+    captured = capture(lambda noise: loop_over(lambda a, t: a[1][t])(noise), torch.randn(2, 6, 3, 5))
+    count, loops = captured.check(rewrite)
+    assert count == 5 and [loop.length for loop in loops] == [6]
+
+
+def test_parts_of_single_steps_stay():
+    captured = capture(loop_over(lambda a, t: a[t][0] + a[t][1]), torch.randn(6, 2, 3, 5))
+    assert captured.check(rewrite)[0] == 0
+
+
 @pytest.mark.parametrize("name", VIEWS)
 def test_one_view_is_left_and_the_loop_is_found(name):
     captured = capture(loop_over(VIEWS[name]), x())
