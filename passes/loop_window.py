@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 
 import torch
 from torch import fx
@@ -93,36 +94,38 @@ class Window:
         return any(self.view.is_written(self.node(residue, t), own) for t in range(self.count) if self.exists(residue, t))
 
     def check_writes(self) -> None:
-        """Steps may write into what they have made themselves, and into memory from outside of the loop that all of them read
-        alike: then the order within a step is all that counts. (`passes/functionalize` has made values of all other writes
-        that it could.)"""
-        own = range(self.start, self.stop)
-        for key, made, writes in self.view.writes_in(own):
-            if made in own:
-                step = (made - self.start) // self.period
-                others = [w for w in writes if (w - self.start) // self.period != step]
-                reason = "writes into what an earlier step has made"
-            else:
-                others = [] if self._read_alike(key) else writes
-                reason = "writes into memory that some steps read under another name"
-            if others:
-                node = self.view.nodes[others[0]]
-                raise Reject(
-                    f"'{user_line(node) or node.name}' {reason}",
-                    node=node,
-                    location=user_location(node),
-                    hint="make a new value instead, as in v = torch.where(s > 0, 0.0, v)",
-                )
+        """Steps may write into what they have made themselves, and into memory from outside of the loop that they read alike.
 
-    def _read_alike(self, memory: int | None) -> bool:
-        """Whether an operand that lies in this memory does so in all steps."""
-        for residue in range(self.period):
-            steps = [self.leaves(residue, t) for t in range(self.count) if self.exists(residue, t)]
-            for operands in zip(*steps, strict=True):
-                where = {isinstance(o, fx.Node) and storage_key(o) == memory for o in operands}
-                if len(where) > 1:
-                    return False
-        return True
+        Then the order within a step is all that counts. `passes/functionalize` has made values of all other writes it could.
+        """
+        own = range(self.start, self.stop)
+        written = {key: (made, writes) for key, made, writes in self.view.writes_in(own)}
+        names = self._names({key for key, (made, _) in written.items() if made not in own})
+        for key, (made, writes) in written.items():
+            step = (made - self.start) // self.period
+            others = [w for w in writes if (w - self.start) // self.period != step] if made in own else []
+            if others:
+                raise self._no_write(others[0], "writes into what an earlier step has made")
+            if len(names[key]) > 1:
+                raise self._no_write(writes[0], "writes into memory that some steps read under another name")
+
+    def _names(self, memories: set[int | None]) -> dict[int | None, set[frozenset[tuple[int, int]]]]:
+        """Which operands of a step lie in each of these memories: for every way in which a whole step reads it, one set."""
+        found: dict[int | None, set[frozenset[tuple[int, int]]]] = defaultdict(set)
+        for t in range(self.count) if memories else ():
+            read: dict[int | None, list[tuple[int, int]]] = defaultdict(list)
+            for residue in range(self.period if self.exists(self.period - 1, t) else 0):
+                for slot, leaf in enumerate(self.leaves(residue, t)):
+                    if isinstance(leaf, fx.Node) and (key := storage_key(leaf)) in memories:
+                        read[key].append((residue, slot))
+            for key, places in read.items():
+                found[key].add(frozenset(places))
+        return found
+
+    def _no_write(self, place: int, reason: str) -> Reject:
+        node = self.view.nodes[place]
+        hint = "make a new value instead, as in v = torch.where(s > 0, 0.0, v)"
+        return Reject(f"'{user_line(node) or node.name}' {reason}", node=node, location=user_location(node), hint=hint)
 
     @functools.cached_property
     def growing(self) -> set[int]:

@@ -143,7 +143,7 @@ class Explanation:
         look_alike = _LOOK_ALIKE.match(rejection.reason)
         if look_alike and (int(look_alike[1]) <= 2 or (self.loops and rejection.location in lines)):
             return True
-        if any(0 < rejection.steps == other.steps - 1 for other in self.rejections):  # the same loop, read from within a step on
+        if any(_is_read_otherwise(rejection, other) for other in self.rejections):
             return True
         if not self.loops:
             if look_alike and any(r.steps and r.ops >= rejection.ops / 2 for r in self.rejections if not _is_no_loop(r)):
@@ -307,6 +307,11 @@ def _members(members: list[tuple[str, str]]) -> list[str]:
 def _accumulates(before: fx.Node, after: object) -> bool:
     """``acc' = acc + something``, with no other reader of acc."""
     return isinstance(after, fx.Node) and op_name(after) == "add" and before in after.args and len(before.users) == 1
+
+
+def _is_read_otherwise(rejection: Rejection, other: Rejection) -> bool:
+    """The same ops as a loop of fewer steps: from within a step on, or two of its steps as one."""
+    return 0 < rejection.steps < other.steps and 0.8 < other.ops / max(rejection.ops, 1) < 1.25
 
 
 def _is_no_loop(rejection: Rejection) -> bool:
