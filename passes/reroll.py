@@ -15,7 +15,8 @@ iteration is proven to be one of
 
 Iterations at either end that do not fit are peeled: they stay as they are. A last iteration that lacks its dead tail is
 taken in. A step may write into what it has made itself, and into memory from outside of the loop; not into what an earlier step
-has made, since what is collected of that is collected behind the loop. Nothing is recognised by name; equality of `autograd_function_apply` bodies is equality of their content.
+has made, since what is collected of that is collected behind the loop. Nothing is recognised by name; equality of
+`autograd_function_apply` bodies is equality of their content.
 """
 
 from __future__ import annotations
