@@ -22,6 +22,7 @@ from snn_compile.passes.effects import is_write, written
 from snn_compile.passes.fixed_batch_norm import arguments
 from snn_compile.passes.hoist import find_invariant
 from snn_compile.passes.loop_body import STEPS_OWN_WEIGHTS
+from snn_compile.passes.trace_step import core_decompositions
 
 #: Fewer ops than this behind the first step are no neuron: a sum of two losses, two residuals, ``w + a*s`` twice in a step.
 FEWEST_OPS = 3
@@ -40,7 +41,9 @@ UNTAGGED = (
 def is_pointwise_op(op: torch._ops.OpOverload) -> bool:
     """Whether a kernel can hold this overload, as it is or after decomposition."""
     name = ops.overload_name(op)
-    return name in ops.TABLE or name in ops.CONSTANTS or name in UNTAGGED or torch.Tag.pointwise in op.tags
+    if name in ops.TABLE or name in ops.CONSTANTS or name in UNTAGGED:
+        return True
+    return torch.Tag.pointwise in op.tags and op in core_decompositions()
 
 
 def why_not(loop: Loop, config: Config) -> Rejection | None:

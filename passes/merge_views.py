@@ -29,7 +29,7 @@ def merge_views(graph: fx.Graph) -> int:
     first: dict[object, fx.Node] = {}
     count = 0
     for node in list(graph.nodes):
-        if not (_is_view(node) or _is_fixed_part(node)) or touched & {storage_key(node), storage_key(node.args[0])}:
+        if not (is_view(node) or _is_fixed_part(node)) or touched & {storage_key(node), storage_key(node.args[0])}:
             continue
         same = first.setdefault((str(node.target), repr(node.args), repr(sorted(node.kwargs.items()))), node)
         if same is not node:
@@ -39,7 +39,8 @@ def merge_views(graph: fx.Graph) -> int:
     return count
 
 
-def _is_view(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
+    """Whether the node rearranges the elements of its first operand."""
     is_call = node.op in ("call_function", "call_method") and bool(node.args)
     return is_call and node.target in _MERGED and isinstance(example(node), Tensor) and isinstance(node.args[0], fx.Node)
 

@@ -15,7 +15,6 @@ from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 
 from snn_compile import backend
-from snn_compile.compat import norse
 from snn_compile.errors import Rejection
 from snn_compile.ir.equations import equations, operand_names
 from snn_compile.ir.fire import op_name, passes_gradient, results, spike_of_state
@@ -75,6 +74,9 @@ PREPARED = frozenset(("snntorch", "norse", "sinabs"))
 #: What Dynamo says of ``self.spike = Spike()``, an instance of an `autograd.Function`, and ``self.spike.apply(v)``.
 _FUNCTION_INSTANCE = "GetAttrVariable(AutogradFunctionVariable(), setup_context)"
 
+_PREPARE = "model = snn_compile.compat.prepare(model), before it is compiled"
+_OWN_STATE = "; where it has been, hand in the first state, as in cell(x[0], state): the module's own is marked in the graph"
+
 #: What a graph break brings with it: a graph knows the values of the one before only as inputs.
 _BROKEN = ("another tensor in every step", "Inductor fuses them as they are")
 
@@ -96,10 +98,8 @@ class GraphBreak:
         """What to change; empty where that depends on the code."""
         if anywhere := _hint(self.reason, BREAK_HINTS_ANYWHERE):
             return anywhere
-        if "requires_grad" in self.reason and norse.leaves(self.location):
-            return "hand in the first state, as in cell(x[0], state): the one that the module makes is marked in the graph"
         if not PREPARED.isdisjoint(Path(self.location).parts) or _FUNCTION_INSTANCE in self.reason:
-            return "model = snn_compile.compat.prepare(model), before it is compiled"
+            return _PREPARE + (_OWN_STATE if "requires_grad" in self.reason else "")
         return _hint(self.reason, BREAK_HINTS)
 
 

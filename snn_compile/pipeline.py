@@ -34,6 +34,7 @@ from snn_compile.lowering.register_stepped import register_stepped
 from snn_compile.lowering.registration import is_kernel, register, saved_operands
 from snn_compile.passes.autocast_regions import name_regions, regions, restore_regions, under
 from snn_compile.passes.batch_time import batch_time, why_no_layers
+from snn_compile.passes.cancel_views import cancel_views
 from snn_compile.passes.carry_statistics import (
     carry_statistics,
     separate_saved_statistics,
@@ -172,6 +173,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     name_results(work.graph)
     index_stores(work)
     hoist_creations(work)
+    cancel_views(work.graph)
     counters["snn_compile"]["layers_moved"] += move_own_layers(work)
     dump(work, "1_functionalize")
     loops, rejections, scans = roll_scans(work, lambda loop: why_not(loop, config), config.min_steps)

@@ -4,8 +4,6 @@ https://github.com/norse/norse."""
 from __future__ import annotations
 
 import ast
-import sys
-from pathlib import Path
 from types import FunctionType, MethodType
 
 import torch
@@ -42,18 +40,6 @@ def prepare(module: nn.Module) -> str:
     if changed:
         changes.append("its initial state is made without a write of `requires_grad`")
     return ", ".join(changes)
-
-
-def leaves(location: str) -> bool:
-    """Whether the function at this place (``file:line``) is a method of Norse that `prepare` has nothing to change in."""
-    file, _, line = location.rpartition(":")
-    if "norse" not in Path(file).parts or not line.isdigit():
-        return False
-    here = [m for m in list(sys.modules.values()) if getattr(m, "__file__", None) == file]
-    classes = [c for m in here for c in vars(m).values() if isinstance(c, type) and c.__module__ == m.__name__]
-    methods = [f for c in classes for f in vars(c).values() if isinstance(f, FunctionType)]
-    found = [f for f in methods if int(line) in {at for _, _, at in f.__code__.co_lines()}]
-    return bool(found) and all(rewritten(f, _WithoutMarks()) is None for f in found)
 
 
 def _sizes_to_numbers(module: nn.Module) -> list[str]:

@@ -176,7 +176,7 @@ def test_a_hint_to_prepare_is_given_where_it_helps(fresh):
 
     loop = prepare(Loop())
     text = str(explain(loop)(x))
-    assert "hand in the first state" in text and "compat.prepare" not in text
+    assert "where it has been, hand in the first state" in text
     torch._dynamo.reset()
     assert len(explain(loop)(x, loop.cell.spiking_method.s).recurrences) == 1
 
