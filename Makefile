@@ -5,7 +5,7 @@ PYTEST_ARGS ?=
 WORKERS ?= auto
 # The libraries whose models are compiled and compared with, and what their imports need; without their own dependencies, among
 # which are torchvision and a driver for neuromorphic chips.
-PEERS := spikingjelly==2.0.0 snntorch==1.0.0 norse==1.1.0 sinabs==3.1.3 nir nirtorch pbr h5py loguru
+PEERS := spikingjelly==2.0.0 snntorch==1.0.0 norse==1.1.0 sinabs==3.1.3 tracetorch==0.19.2 nir nirtorch pbr h5py loguru
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -28,7 +28,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 #: [T, B, N] of the inputs that are timed
 SIZES = (16, 32, 256)
 COLUMNS = ["library", "model", "compiled", "forward", "gradient error", "first call", "step", "vs eager", "vs Inductor"]
-LIBRARIES = ("snntorch", "spikingjelly", "norse", "sinabs")
+LIBRARIES = ("snntorch", "spikingjelly", "norse", "sinabs", "tracetorch")
 
 
 def row(model: Model) -> dict[str, str]:
@@ -54,7 +54,7 @@ def row(model: Model) -> dict[str, str]:
 def step(module: nn.Module, x: Tensor, run: Callable[..., object]) -> object:
     """Forward and backward from the initial state, by the library's own reset functions."""
     for part in module.modules():
-        for name in ("reset", "reset_states"):
+        for name in ("reset", "reset_states", "zero_states"):
             if callable(method := getattr(part, name, None)):
                 method()
     return results(module, x, run)

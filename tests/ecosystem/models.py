@@ -25,7 +25,8 @@ class Model:
     make: Callable[[], nn.Module]
     recurrences: int = 1
     reason: str = ""
-    #: how far apart the values may be: `tanh` is the vendor's library in ATen, and 1 ulp away from it here
+    #: how far apart the values may be: `tanh` is the vendor's library in ATen, and 1 ulp away from it here; what eager's sigmoid
+    #: does in scalars, behind its last whole vector, is up to 2 ulp away from what it does in vectors
     atol: float = 0.0
     #: with `snn_compile.compat.prepare`
     prepared: bool = False
@@ -69,6 +70,7 @@ def models() -> Iterator[Model]:
         ("spikingjelly", spikingjelly),
         ("norse", norse),
         ("sinabs", sinabs),
+        ("tracetorch", tracetorch),
     ):
         if has(library):
             try:
@@ -351,3 +353,29 @@ def sinabs() -> Iterator[tuple]:  # type: ignore[type-arg]
                 yield f"{name}, {spike.__name__}", lambda make=make, spike=spike: BatchFirst(make(spike_fn=spike)), 0, attribute
     yield "ExpLeak", lambda: BatchFirst(sl.ExpLeak(tau_mem=20.0))
     yield "tutorial net", lambda: SinabsNet(sl), 0, attribute
+
+
+# ------------------------------------------------------------------------------------------------------------- traceTorch
+
+
+def tracetorch() -> Iterator[tuple]:  # type: ignore[type-arg]
+    import tracetorch as tt
+
+    class Channels(nn.Module):
+        """Along the dim of channels, which the layer turns to be the last one, and back."""
+
+        def __init__(self, make: Callable[..., nn.Module]) -> None:
+            super().__init__()
+            self.loop = Loop(make(num_neurons=2, dim=-2))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return self.loop(x.unflatten(-1, (2, -1)))  # type: ignore[no-any-return]
+
+    smooth = 1, "", 3e-7  # (its spikes are sigmoids, unless they are rounded)
+    for name in ("LI", "DSLI", "LIB", "RLIB", "DSRLIB", "LITS", "DSRLITS"):
+        make = getattr(tt.snn, name)
+        yield name, lambda make=make: Loop(make(num_neurons=N)), *smooth
+    for name in ("LIB", "RLIT"):
+        make = getattr(tt.snn, name)
+        yield f"{name}, of channels", lambda make=make: Channels(make), *smooth
+    yield "LIB, rounded", lambda: Loop(tt.snn.LIB(num_neurons=N, quant_fn=tt.functional.round_ste()))
