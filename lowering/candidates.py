@@ -111,9 +111,9 @@ def why_unrolled(loop: Loop, nodes: Sequence[fx.Node], infos: dict[fx.Node, OpIn
 
 def _why_written(node: fx.Node, loop: Loop) -> Rejection | None:
     """A write that `passes/functionalize` could not make a value; a counter's is no user's concern."""
-    target = written(node)[0]
+    target = next(iter(written(node)), None)
     value = example(target)
-    if not isinstance(value, torch.Tensor) or not (value.dim() or value.is_floating_point()):
+    if target is None or not isinstance(value, torch.Tensor) or not (value.dim() or value.is_floating_point()):
         return None
     code = user_line(node) or base_name(node.name)
     if storage_key(target) in map(storage_key, _consts(loop)):

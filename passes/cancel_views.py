@@ -32,6 +32,7 @@ def cancel_views(graph: fx.Graph) -> int:
             continue
         same = _same_before(node)
         if same is not None:
+            front = node.next if node is front else front
             node.replace_all_uses_with(same)
             graph.erase_node(node)
             count += 1

@@ -45,6 +45,11 @@ def test_the_state_may_start_as_zeros():
     assert loop.length == 6
 
 
+def test_the_first_op_may_be_one():
+    captured = capture(lambda x, v: x.movedim(-1, -1) + v.exp() * v.t().exp().t(), torch.randn(3, 3), torch.randn(3, 3))
+    assert captured.check(lambda gm: cancel_views(gm.graph)) == 1
+
+
 OTHERS = {
     "another dim back": lambda v: v.movedim(0, -1).movedim(-1, 1),
     "other elements in the same places": lambda v: v.transpose(0, 1).reshape(2, 4, 2),
