@@ -95,8 +95,10 @@ def test_what_only_reads_parameters_is_no_part_of_the_kernel():
             out.append(v)
         return torch.stack(out)
 
+    torch.manual_seed(0)
     x, bias = torch.randn(6, 3, 4), torch.randn(4)
     found = snn_compile.explain(loop)(x, bias)
     assert len(found.recurrences) == 1 and "Left to Inductor" not in str(found)
     torch._dynamo.reset()
-    assert torch.equal(torch.compile(loop, backend="snn")(x, bias), loop(x, bias))
+    got = torch.compile(loop, backend="snn")(x, bias)
+    torch.testing.assert_close(got, loop(x, bias), rtol=0, atol=1e-6)  # (the call is Inductor's `asinh`)
