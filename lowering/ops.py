@@ -20,6 +20,7 @@ from torch._prims_common import elementwise_dtypes
 
 from snn_compile.lowering.cpp import expressions as cpu
 from snn_compile.lowering.triton import expressions as gpu
+from snn_compile.passes.representable import WHOLE, is_representable
 
 aten = torch.ops.aten
 
@@ -224,7 +225,7 @@ def is_exact(node: fx.Node) -> bool:
     op, dtype = overload_name(node.target).split(".")[0], node.meta["val"].dtype
     if op == "_to_copy":
         return node.args[0].meta["val"].dtype == torch.bool  # type: ignore[union-attr]
-    return op in _EXACT and promoted_dtype(node) == dtype
+    return (op in _EXACT and promoted_dtype(node) == dtype) or (dtype in WHOLE and is_representable(node))
 
 
 def computation_dtype(node: fx.Node) -> torch.dtype:

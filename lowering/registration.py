@@ -34,7 +34,7 @@ from snn_compile.lowering.launch import (
 
 NAMESPACE = "snn_compile"
 #: Bump when generated code or the layout of results changes meaning: part of every op name, which caches go by.
-GENERATOR_VERSION = 10
+GENERATOR_VERSION = 11
 
 TargetFor = Callable[[torch.device], Target]
 #: What an op does on tensors.

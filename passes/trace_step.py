@@ -32,6 +32,7 @@ from snn_compile.errors import Reject
 from snn_compile.ir.recurrence import Carry, Const, Output, Recurrence, TimeSeries
 from snn_compile.ir.values import base_name
 from snn_compile.passes.autocast_regions import regions, under
+from snn_compile.passes.representable import is_compared_with_zero, keeps_sign
 from snn_compile.passes.split_sums import SUMS, split_sums
 
 aten = torch.ops.aten
@@ -158,11 +159,16 @@ def leave_unrounded(gm: fx.GraphModule, consts: Iterable[fx.Node]) -> None:
     deciding: set[fx.Node] = set()
     for node in reversed(nodes):
         if node.op == "call_function" and (node in deciding or _decides(node)):
-            deciding |= {node, *node.all_input_nodes}
+            deciding |= {node, *(i for n in node.all_input_nodes for i in _read_rounded(n, node))}
     for node in nodes:
         if node.op == "call_function" and not varying.isdisjoint(node.all_input_nodes):
             varying.add(node)
             node.meta["is_rounded"] = node in deciding
+
+
+def _read_rounded(node: fx.Node, user: fx.Node) -> list[fx.Node]:
+    """What `user` needs as eager rounds it, to have eager's value: `node`, but for a difference of which it reads the sign."""
+    return node.all_input_nodes if is_compared_with_zero(node, user) and keeps_sign(node) else [node]
 
 
 def _decides(node: fx.Node) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Helper:
@@ -33,18 +35,21 @@ static inline void stream(void* to, const void* from, int64_t bytes) {
 }
 """
 
-_BF16 = """
-static inline float load_bf16(uint16_t bits) { return __builtin_bit_cast(float, uint32_t(bits) << 16); }
 
-static inline uint16_t store_bf16(float rounded) { return __builtin_bit_cast(uint32_t, rounded) >> 16; }
+def _bf16(of_nan: str, note: str) -> str:
+    return f"""
+static inline float load_bf16(uint16_t bits) {{ return __builtin_bit_cast(float, uint32_t(bits) << 16); }}
 
-// To the nearest bf16, ties to even.
-static inline float round_bf16(float x) {
+static inline uint16_t store_bf16(float rounded) {{ return __builtin_bit_cast(uint32_t, rounded) >> 16; }}
+
+// To the nearest bf16, ties to even.{note}
+static inline float round_bf16(float x) {{
   const uint32_t bits = __builtin_bit_cast(uint32_t, x);
   const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
-  return __builtin_bit_cast(float, x != x ? 0x7fc00000u : rounded);
-}
+  return __builtin_bit_cast(float, {of_nan}rounded);
+}}
 """
+
 
 _FP16 = """
 static inline float load_fp16(uint16_t bits) {
@@ -215,7 +220,8 @@ static inline {real} choose(bool condition, {real} yes, {real} no) {{  // by bit
 """)
         for real, bits in (("float", "uint32_t"), ("double", "uint64_t"))
     },
-    "bf16": Helper(_BF16),
+    "bf16": Helper(_bf16("x != x ? 0x7fc00000u : ", "")),
+    "bf16_alone": Helper(_bf16("", " (The lower half of a NaN is empty here, and so rounds to nothing.)")),
     "fp16": Helper(_FP16),
     **{f"v{name}.{real}": _transcendental(name, real) for name in SLEEF for real in ("float", "double")},
     "vexp.float": Helper(_EXP),  # (in place of Sleef's)
@@ -227,6 +233,15 @@ static inline {real} sigmoid_of_one({real} x) {{ return 1 / (1 + __builtin_exp{f
         for real, f in (("float", "f"), ("double", ""))
     },
 }
+
+
+#: With no others, and where memory holds no wider floats, all NaNs come from bf16 or from arithmetic (Sleef's are all ones).
+_BESIDE_BF16_ALONE = {"bf16", "min", "stream", "prefetch", "sigmoid.float", "vexp.float"}
+
+
+def is_bf16_alone(used: set[str], dtypes: Iterable[torch.dtype]) -> bool:
+    """Whether a kernel with these helpers and dtypes in memory may round with "bf16_alone" in place of "bf16"."""
+    return "bf16" in used and used <= _BESIDE_BF16_ALONE and all(d == torch.bfloat16 or not d.is_floating_point for d in dtypes)
 
 
 def prelude(used: Iterable[str]) -> str:

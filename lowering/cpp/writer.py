@@ -12,7 +12,7 @@ import torch
 from snn_compile.ir.recurrence import Recurrence
 from snn_compile.lowering.cpp.literals import HALVES, HELD, held_bytes
 from snn_compile.lowering.cpp.names import Names, comment, identifier
-from snn_compile.lowering.cpp.prelude import prelude
+from snn_compile.lowering.cpp.prelude import is_bf16_alone, prelude
 from snn_compile.lowering.cpp.tensors import TensorArgument, Tensors, tensors_of
 from snn_compile.lowering.launch import Direction
 from snn_compile.lowering.layout import Layout
@@ -241,7 +241,8 @@ class Writer:
         lines = [comment(f"{self.recurrence.name}: {self.direction}")]
         if self.recurrence.equations:
             lines += ["//", *(comment(f"    {equation}") for equation in self.recurrence.equations)]
-        lines += ["", "#include <cstdint>", prelude(self.helpers)]
+        is_alone = is_bf16_alone(self.helpers, (t.dtype for t in self.tensors.all()))
+        lines += ["", "#include <cstdint>", prelude(self.helpers - {"bf16"} | {"bf16_alone"} if is_alone else self.helpers)]
         if "LANES" in used:
             lines.append(f"constexpr int64_t LANES = {lanes};  // of a block, at most: what it keeps stays in cache")
             lines.append("")
