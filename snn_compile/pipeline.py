@@ -18,20 +18,14 @@ from snn_compile.ir.recurrence import Recurrence
 from snn_compile.ir.stepped import SteppedRecurrence
 from snn_compile.ir.values import example, flat_nodes
 from snn_compile.lowering import targets
-from snn_compile.lowering.candidates import (
-    is_pointwise_op,
-    may_step,
-    normalises_for,
-    runs_by_channel,
-    step_from,
-    why_not,
-    why_unrolled,
-)
+from snn_compile.lowering.candidates import is_pointwise_op, why_not
 from snn_compile.lowering.dump import Dump
 from snn_compile.lowering.lower_loops import lower_loop, make_recurrence, make_stepped
 from snn_compile.lowering.max_pool import max_pool2d
+from snn_compile.lowering.refusals import step_from, why_unrolled
 from snn_compile.lowering.register_stepped import register_stepped
 from snn_compile.lowering.registration import is_kernel, register, saved_operands
+from snn_compile.lowering.step_programs import may_step, normalises_for, runs_by_channel
 from snn_compile.passes.autocast_regions import name_regions, regions, restore_regions, under
 from snn_compile.passes.batch_time import batch_time, why_no_layers
 from snn_compile.passes.cancel_views import cancel_views
@@ -115,8 +109,6 @@ class Report:
     #: recurrences whose step is more than pointwise: programs of kernels and calls
     stepped: list[SteppedRecurrence] = field(default_factory=list)
     rejections: list[Rejection] = field(default_factory=list)
-    #: loops or groups as Rejection-like lines: what was left to Inductor inside rerolled loops
-    steps: dict[str, int | torch.SymInt] = field(default_factory=dict)
     ops_hoisted: int = 0
     ops_time_batched: int = 0
     convolutions_replaced: int = 0
@@ -333,7 +325,6 @@ def _lower(gm: fx.GraphModule, report: Report, dump: Dump, config: Config) -> No
                 report.rejections.append(refused)
         if call in found:
             recurrence = found[call]
-            report.steps[recurrence.name] = loop.length
             _describe(recurrence, call, loop)
             dump.kernels(recurrence)
             lower_loop(gm, call, loop, register(recurrence, targets.for_device), recurrence.backward is not None)
