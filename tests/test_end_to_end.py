@@ -175,7 +175,7 @@ def test_tokens_for_another_batch():
     torch.testing.assert_close(module.conv.weight.grad, reference.conv.weight.grad)
 
 
-def test_recurrent_layer_under_autocast():
+def test_recurrent_layer_under_autocast(op_by_op):
     """A batch norm of bf16 values with fp32 parameters stays with Inductor; without it the step is a program."""
     module = Recurrent().eval()
     x = torch.randn(X) * 2

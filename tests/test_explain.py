@@ -20,6 +20,8 @@ from snn_compile.ir.equations import operand_names
 from snn_compile.pipeline import COUNTERS
 from tests import zoo
 
+pytestmark = pytest.mark.usefixtures("op_by_op")
+
 
 @pytest.fixture(autouse=True)
 def fresh():

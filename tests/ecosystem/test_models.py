@@ -151,7 +151,7 @@ def test_prepared_cells_of_norse_keep_dtypes_and_follow_parameters(name, dtype):
 
 
 @pytest.mark.skipif(not has("norse"), reason="Norse is not installed")
-def test_a_hint_to_prepare_is_given_where_it_helps(fresh):
+def test_a_hint_to_prepare_is_given_where_it_helps(fresh, op_by_op):
     import norse.torch as nt
 
     x = torch.rand(5, 3, 8)

@@ -52,7 +52,7 @@ def check(module, x, exact, tolerance=1e-4, **options):  # type: ignore[no-untyp
 
 
 #: What Inductor would compile of these, after its kernels, runs op by op: another form of what it compiles of the others.
-OP_BY_OP = ("TET", "MS-ResNet", "SpyTorch")
+OP_BY_OP = ("BNTT", "MS-ResNet", "SpyTorch", "STBP-tdBN", "TET")
 
 
 @pytest.mark.parametrize("name", PAPERS)
