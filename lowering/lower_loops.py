@@ -224,7 +224,10 @@ def _lanes(call: fx.Node, loop: Loop) -> tuple[int, ...]:
         if not isinstance(value, torch.Tensor):
             raise Reject(f"the loop reads '{operand}', which is not a tensor", location=loop.location)
         shapes.append(shape_hint(value))
-    shape = tuple(torch.broadcast_shapes(*shapes)) if shapes else ()
+    try:
+        shape = tuple(torch.broadcast_shapes(*shapes)) if shapes else ()
+    except RuntimeError:
+        raise Reject(f"values of sizes that do not go together: {', '.join(map(str, shapes))}", location=loop.location) from None
     next_carries, values = loop.results()
     for node in (*next_carries, *values):
         value = example(node)

@@ -231,8 +231,11 @@ def _functional(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
 
 def _functional_copy(graph: fx.Graph, node: fx.Node, value: torch.Tensor) -> fx.Node | None:
     new = example(node.args[1]) if len(node.args) == 2 else None
-    is_like = isinstance(new, torch.Tensor) and (new.shape, new.dtype, new.device) == (value.shape, value.dtype, value.device)
-    return graph.call_method("clone", node.args[1:]) if is_like else None
+    if not isinstance(new, torch.Tensor) or (new.shape, new.device) != (value.shape, value.device):
+        return None
+    if new.dtype == value.dtype:
+        return graph.call_method("clone", node.args[1:])
+    return None if new.dtype.is_complex else graph.call_method("to", (node.args[1], value.dtype))
 
 
 def _functional_fill(graph: fx.Graph, node: fx.Node, value: torch.Tensor) -> fx.Node:

@@ -20,6 +20,7 @@ from torch import fx
 
 from snn_compile.ir.values import example, storage_key
 from snn_compile.passes.effects import has_effect, written
+from snn_compile.passes.merge_views import is_view
 
 LIKE: dict[object, Callable[[fx.Node], Any]] = {
     torch.zeros_like: lambda n: 0,
@@ -36,6 +37,7 @@ LIKE: dict[object, Callable[[fx.Node], Any]] = {
 def hoist_creations(gm: fx.GraphModule) -> None:
     """Rewrite `gm` in place."""
     made: dict[object, fx.Node] = {}
+    memory: set[int | None] = set()  # (of what is another tensor now)
     front = next((n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr")), None)
     for node in list(gm.graph.nodes):
         number = _number(node)
@@ -57,10 +59,21 @@ def hoist_creations(gm: fx.GraphModule) -> None:
         if key not in made:
             with gm.graph.inserting_before(front):
                 made[key] = _create(gm.graph, value, number, memory_format)
+        memory.add(storage_key(node))
         node.replace_all_uses_with(made[key])
         if node is front:
             front = node.next
         gm.graph.erase_node(node)
+    _move_views(gm.graph, set(made.values()), memory)
+
+
+def _move_views(graph: fx.Graph, sources: set[fx.Node], memory: set[int | None]) -> None:
+    """Examples of what is a view of an equal tensor now: passes tell by them what shares memory."""
+    for node in graph.nodes:
+        if is_view(node) and node.args[0] in sources and storage_key(node) in memory:
+            value = example(node)
+            node.meta["example_value"] = example(node.args[0]).as_strided(value.shape, value.stride(), value.storage_offset())
+            sources.add(node)
 
 
 def _is_call_without_tensors(node: fx.Node) -> bool:

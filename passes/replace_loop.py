@@ -17,7 +17,8 @@ from snn_compile.passes.loop_results import rewire_output, stacked_example
 from snn_compile.passes.plan_loop import LoopPlan
 
 
-def replace_by_loop(plan: LoopPlan) -> None:
+def replace_by_loop(plan: LoopPlan) -> fx.Node:
+    """Gives the loop's call."""
     loop, window = plan.loop, plan.window
     gm, graph = window.view.gm, window.view.gm.graph
     gm.add_submodule(loop.name, loop)
@@ -36,6 +37,7 @@ def replace_by_loop(plan: LoopPlan) -> None:
         node = window.view.nodes[position]
         if not node.users:
             graph.erase_node(node)
+    return call
 
 
 def _initial(graph: fx.Graph, carry: Carry) -> fx.Node:

@@ -31,6 +31,7 @@ from torch import Tensor, fx
 from snn_compile.errors import Reject, Rejection
 from snn_compile.ir.loop import Loop
 from snn_compile.ir.values import example, known_int, user_line, user_location
+from snn_compile.passes.drop_unread import drop_unread
 from snn_compile.passes.effects import is_write
 from snn_compile.passes.emit import delete_unused_children
 from snn_compile.passes.find_repeats import Repeat, find_repeats
@@ -117,7 +118,7 @@ def _first_loop(
         if reason is not None:
             rejections[key] = replace(reason, ops=repeat.covered, steps=known_int(plan.loop.length) or 0)
             continue
-        replace_by_loop(plan)
+        drop_unread(replace_by_loop(plan), plan.loop)
         return plan.loop
     return None
 

@@ -71,6 +71,7 @@ from snn_compile.passes.specialize import (
     specialize_length,
     specialize_sizes,
 )
+from snn_compile.passes.split_slots import split_slots
 from snn_compile.passes.unroll import restore_writes, unroll
 from snn_compile.passes.unwrap_steps import unwrap_steps
 from snn_compile.passes.views import VIEWS
@@ -156,6 +157,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     counters["snn_compile"]["ops_decomposed"] += decomposed
     unwrap_steps(work)
     write_out(work.graph)
+    split_slots(work.graph)
     views_of_inputs(work.graph)
     work_on_copies(work.graph)
     inline_detached(work)

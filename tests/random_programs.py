@@ -53,6 +53,7 @@ READS = (
     "lin(x[t])",
     "bn(x[t])",
     "lin(y[:, t])",
+    "made[t - 1]",
 )
 VIEWS = (
     "{a}.transpose(0, 1).transpose(0, 1)",
@@ -100,6 +101,8 @@ INTO_SERIES = (
     "buf.copy_({a}.detach())",
     "made[t] = {a}",
     "made[t] = {a}",
+    "made[t][{a} > 0.5] = 0.25",
+    "made[t] += {a}",
 )
 STARTS = (
     "torch.zeros_like(x[0])",
@@ -166,7 +169,9 @@ class _Writer:
         starts = {v: rng.choice(STARTS) for v in states}
         if len(states) > 1 and rng.random() < 0.1:
             starts[states[1]] = states[0]
-        for v in states:
+        if rng.random() < 0.2:  # (slots of one tensor)
+            states, starts = self.slots(len(states)), {}
+        for v in starts:
             self.line(f"{v} = {starts[v]}")
         collected = [self.name("out") for _ in range(rng.choice((1, 1, 2)))]
         for out in collected:
@@ -178,7 +183,7 @@ class _Writer:
         self.line(rng.choice(("for t in range(T):",) * 6 + ("for t in reversed(range(T)):",)))
         self.depth += 1
         for v in states:
-            if starts[v] == "None":
+            if starts.get(v) == "None":
                 self.line(f"if {v} is None:")
                 self.line(f"    {v} = {rng.choice(STARTS[:5])}")
         usable = list(states)
@@ -194,7 +199,15 @@ class _Writer:
             self.line(f"{out}.append({rng.choice(usable)})")
         self.depth -= 1
         self.series += collected
-        self.states = states
+        self.states = [*states, *{v.partition("[")[0] for v in states if v.endswith("]")}]
+
+    def slots(self, count: int) -> list[str]:
+        """Names of states that are parts of one tensor, along its first or second dim."""
+        rng, name = self.rng, self.name("slots")
+        along = rng.choice(("{n}, *x.shape[1:]", "{n}, *x.shape[1:]", "x.shape[1], {n}, *x.shape[2:]"))
+        start = rng.choice(("x.new_zeros({s})", "torch.zeros({s}, dtype=x.dtype)", "torch.full(({s},), 0.25, dtype=x.dtype)"))
+        self.line(f"{name} = {start.format(s=along.format(n=count + rng.randint(0, 1)))}")
+        return [f"{name}[{':, ' * along.startswith('x')}{k}]" for k in range(count)]
 
     def value(self, usable: list[str], templates: tuple[str, ...] | None = None) -> str:
         rng = self.rng
@@ -203,7 +216,7 @@ class _Writer:
 
     def statement(self, usable: list[str], states: list[str]) -> None:
         rng, kind = self.rng, self.rng.random()
-        written = [u for u in usable if not u.endswith("]")]
+        written = [u for u in usable if not u.endswith("]") or "slots" in u]
         if kind < 0.62:
             target = rng.choice(states) if rng.random() < 0.35 else self.name("a")
             self.line(f"{target} = {self.value(usable)}")

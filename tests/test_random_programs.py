@@ -131,6 +131,23 @@ def test_a_program_means_what_it_says(part: int) -> None:
 
 #: Short forms of programs that were compiled wrongly; the names say what was.
 WRONG_ONCE = {
+    "code_that_nobody_reads_had_an_operand_of_another_shape": """
+    v1, v2, out = torch.zeros_like(x[0]), torch.zeros_like(x[0]), []
+    for t in range(len(x)):
+        v1 = x[t]
+        a = v2.transpose(0, 1).transpose(0, 1)
+        v2 = spike(v2 - 1.0) * 0.5
+        out.append(v1)
+    return [sum(out), v1, v2]""",
+    "slots_of_one_tensor_that_want_a_gradient_from_the_second_step_on": """
+    slots, out = torch.full((3, *x.shape[1:]), 0.25, dtype=x.dtype), []
+    for t in range(len(x)):
+        a = slots[2] * 0.5
+        slots[2] = slots[2] * 0.5
+        slots[0] = k * a + slots[0]
+        slots[1] = x[t] - slots[1] * 0.25
+        out.append(slots[0])
+    return [sum(out) / len(x), slots]""",
     "a_state_written_through_a_view": """
     v, out = buf.clone(), []
     for t in range(len(x)):

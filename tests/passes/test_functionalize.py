@@ -39,6 +39,8 @@ WRITES = (
     set_row,
     set_column,
     copy_column,
+    lambda v, a: v.copy_(a.double() * 3.0),
+    lambda v, a: v.copy_(a > 0.5),
 )
 
 
@@ -160,7 +162,9 @@ def filled_with_a_tensor(a):
     out[1] = 2.0
     copied = torch.zeros(3, 5)
     copied.copy_(a[1])
-    return out, copied * 2.0
+    rounded = torch.zeros(3, 5, dtype=torch.int64)
+    rounded.copy_(a[2] * 3.0)
+    return out, copied * 2.0, rounded + 1
 
 
 def test_a_tensor_is_filled_and_copied():
