@@ -23,6 +23,8 @@ from snn_compile.lowering.layout import place
 from snn_compile.lowering.series import Series, Slices
 from snn_compile.lowering.step_loop import StepLoop, step_loop
 
+aten = torch.ops.aten
+
 #: Values by slot.
 Values = list[Any]
 
@@ -138,6 +140,10 @@ def _runner(unit: Region | Call, target: Target) -> RegionRunner | CallRunner:
     return RegionRunner(unit, target) if isinstance(unit, Region) else CallRunner(unit)
 
 
+#: Operands that are read as if they lay without gaps: `F.group_norm` sees to it, in a copy that a trace takes for an identity.
+LAID_OUT: dict[object, tuple[int, ...]] = {aten.native_group_norm.default: (0,), aten.native_group_norm_backward.default: (0, 1)}
+
+
 class CallRunner:
     """An op, run by the dispatcher as eager runs it."""
 
@@ -149,6 +155,7 @@ class CallRunner:
         self.into = None if self.nested else _out_variant(unit)
         self.slots = [(i, a.index) for i, a in enumerate(unit.args) if isinstance(a, Slot)]
         self.template = list(unit.args)
+        self.laid_out = LAID_OUT.get(unit.target, ())
         self.writes = (unit.output,) if self.into is not None else ()
 
     def __call__(self, values: Values, now: dict[int, Tensor]) -> None:
@@ -158,8 +165,15 @@ class CallRunner:
         filled = self.template.copy()
         for i, slot in self.slots:
             filled[i] = values[slot]
+        for i in self.laid_out:
+            filled[i] = _without_gaps(filled[i])
         place = now.get(self.output)
         values[self.output] = self.target(*filled) if place is None else self.into(*filled, out=place)  # type: ignore[misc]
+
+
+def _without_gaps(value: Tensor) -> Tensor:
+    is_channels_last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
+    return value if is_channels_last else value.contiguous()
 
 
 def _has_slot(value: object) -> bool:

@@ -216,6 +216,18 @@ def test_what_was_wrong_once(program: str) -> None:
     check(1, text="def f(x, y, k, b, buf, mem):" + WRONG_ONCE[program])
 
 
+def test_a_group_norm_of_what_lies_with_gaps() -> None:
+    """``y[:, 0]`` of images: `native_group_norm` alone does not take it."""
+    text = """
+    v, out = y[:, 0], []
+    for t in range(x.shape[0]):
+        a = norm(v)
+        v = a - v * 0.25
+        out.append(a)
+    return [torch.stack(out)]"""
+    check(5, text="def f(x, y, k, b, buf, mem):" + text)
+
+
 def test_a_record_in_steps_that_differ_compiles_whole() -> None:
     check(1, compiled=True, text="def f(x, y, k, b, buf, mem):" + WRONG_ONCE["a_record_in_steps_that_differ"])
 

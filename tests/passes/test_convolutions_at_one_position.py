@@ -9,8 +9,6 @@ from torch.nn import functional as F
 from snn_compile.backend import snn
 from snn_compile.surrogate import ATan
 
-pytestmark = pytest.mark.usefixtures("op_by_op")
-
 
 class Feedback(nn.Module):
     """``h = 0.5*v + x + conv(s)``: the convolution is part of the recurrence."""

@@ -11,7 +11,7 @@ from torch._higher_order_ops.scan import scan
 from snn_compile.passes.effects import has_effect
 from tests.passes.capture import Spike, capture
 
-pytestmark = pytest.mark.usefixtures("fresh", "op_by_op")
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def fire(v, x):

@@ -10,8 +10,6 @@ from snn_compile.config import Config
 from snn_compile.pipeline import run_pipeline
 from tests.passes.capture import Captured, Spike, capture, x
 
-pytestmark = pytest.mark.usefixtures("op_by_op")
-
 
 def lif(a, tau=0.5, v=None):
     v, out = torch.zeros_like(a[0]) if v is None else v, []

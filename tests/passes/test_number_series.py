@@ -13,8 +13,6 @@ from snn_compile.passes.number_series import number_series
 from snn_compile.pipeline import run_pipeline
 from tests.passes.capture import Spike, capture, reroll_all, rerolled, x
 
-pytestmark = pytest.mark.usefixtures("op_by_op")
-
 
 def compiled(function, *inputs, **options):
     """The report; values and gradients are compared with those of the graph before."""

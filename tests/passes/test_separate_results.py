@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytestmark = pytest.mark.usefixtures("fresh", "op_by_op")
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def steps(x):

@@ -92,7 +92,6 @@ def test_slots_are_states(function, wants_gradient):
     assert count == (2 if function is records_that_are_corrected else 1) and loops > 0
 
 
-@pytest.mark.usefixtures("op_by_op")
 @pytest.mark.parametrize("function", SPLIT)
 def test_whole_programs_are_one_recurrence(function):
     a = x(T, B, N).detach()

@@ -7,7 +7,7 @@ from torch._dynamo.utils import counters
 from snn_compile.passes.write_out import write_out
 from tests.passes.capture import capture, x
 
-pytestmark = pytest.mark.usefixtures("fresh", "op_by_op")
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def state(a):
