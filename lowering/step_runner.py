@@ -154,7 +154,7 @@ class CallRunner:
         #: the overload that writes its result where it is told to
         self.into = None if self.nested else _out_variant(unit)
         self.slots = [(i, a.index) for i, a in enumerate(unit.args) if isinstance(a, Slot)]
-        self.template = list(unit.args)
+        self.template: list[Any] = list(unit.args)
         self.laid_out = LAID_OUT.get(unit.target, ())
         self.writes = (unit.output,) if self.into is not None else ()
 
