@@ -23,20 +23,20 @@ CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 def normalize_concatenations(graph: fx.Graph) -> None:
     """Rewrite `graph` (torch-level, with examples) in place."""
     for node in list(graph.nodes):
-        if (found := _pieces(node)) is not None:
+        if (found := pieces_of(node)) is not None:
             given, dim = found
             pieces = [p for piece in given for p in _flat(piece, dim, node)]
             pieces = [p for p in pieces if not _is_empty(p, dim, node)] or pieces
             if pieces != given:
                 _replace(graph, node, torch.cat, pieces, dim)
     for node in list(graph.nodes):
-        if (found := _pieces(node)) is not None:
+        if (found := pieces_of(node)) is not None:
             inner = [_unsqueezed(p, found[1]) for p in found[0]]
             if all(i is not None for i in inner):
                 _replace(graph, node, torch.stack, inner, found[1])
 
 
-def _pieces(node: fx.Node) -> tuple[list[fx.Node], int] | None:
+def pieces_of(node: fx.Node) -> tuple[list[fx.Node], int] | None:
     """What a concatenation puts together, and along which dim."""
     whole = example(node)
     if node.op != "call_function" or node.target not in CONCATENATIONS or not isinstance(whole, torch.Tensor):
@@ -49,7 +49,7 @@ def _pieces(node: fx.Node) -> tuple[list[fx.Node], int] | None:
 
 
 def _flat(piece: fx.Node, dim: int, whole: fx.Node) -> list[fx.Node]:
-    found = _pieces(piece)
+    found = pieces_of(piece)
     if found is None or found[1] != dim or set(piece.users) != {whole} or example(piece).dtype != example(whole).dtype:
         return [piece]
     return found[0]

@@ -29,6 +29,7 @@ from snn_compile.passes.concatenations import normalize_concatenations
 from snn_compile.passes.effects import INPLACE_OPERATORS, is_write, written
 from snn_compile.passes.emit import copy_of, emit
 from snn_compile.passes.no_grad_regions import detach_no_grad_regions
+from snn_compile.passes.parts import indexed
 from snn_compile.passes.reshapes_in_place import date_example, nodes_reshaped
 
 #: In a node's meta: it is what a write has become, a new value. (Its example lies in the memory that was written into.)
@@ -172,8 +173,10 @@ def _is_view(node: fx.Node) -> bool:
 
 def is_alias(node: fx.Node) -> bool:
     """Whether the node's value lies in the memory of one of its operands."""
-    key = storage_key(node)
-    return key is not None and VALUE_AFTER_WRITE not in node.meta and any(storage_key(i) == key for i in node.all_input_nodes)
+    key, operands = storage_key(node), node.all_input_nodes
+    if is_getitem(node) and isinstance(example(operands[0]), (tuple, list)):  # (a piece of a `chunk`)
+        operands = operands[0].all_input_nodes
+    return key is not None and VALUE_AFTER_WRITE not in node.meta and any(storage_key(i) == key for i in operands)
 
 
 def _is_local(nodes: list[fx.Node], order: dict[fx.Node, int]) -> bool:
@@ -307,14 +310,5 @@ def _forward_stored(node: fx.Node) -> bool:
 
 def _slice_of(buffer: object, index: object) -> tuple[int, int] | None:
     """``b[t]``, ``b[:, t]``, ``b[..., t]`` -> the dim of t, and t; None for all else."""
-    value, index = example(buffer), index if isinstance(index, tuple) else (index,)
-    places = [i for i, item in enumerate(index) if isinstance(item, int)]
-    if not isinstance(value, torch.Tensor) or len(places) != 1 or isinstance(index[places[0]], bool):
-        return None
-    (place,) = places
-    if any(item is not Ellipsis and item != slice(None) for item in (*index[:place], *index[place + 1 :])):
-        return None
-    after = len(index) - 1 - place
-    dim = value.dim() - 1 - after if Ellipsis in index[:place] else place
-    size = value.shape[dim] if 0 <= dim < value.dim() else None
-    return (dim, index[place] % size) if isinstance(size, int) and size else None
+    part = indexed(buffer, index)
+    return (part.dim, part.start) if part is not None and part.is_step else None

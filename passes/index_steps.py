@@ -1,6 +1,6 @@
 """A slice of one step is a step.
 
-    x[0:1], x[1:2], x[2:3]     ->   x[0].unsqueeze(0), x[1].unsqueeze(0), x[2].unsqueeze(0)            (along any dim)
+    x[0:1], x[1:2], x[2:3]     ->   x[0].unsqueeze(0), x[1].unsqueeze(0), x[2].unsqueeze(0)  (along any dim; `narrow`)
     x[0:b], x[b:2b], x[2b:3b]  ->   y = x.unflatten(0, (T, b)); y[0], y[1], y[2]                       (time before the batch)
     o[0:b] = s0; o[b:2b] = s1  ->   q0 = store(o.unflatten(0, (T, b)), 0, s0); q1 = store(q0, 1, s1); o = q1.flatten(0, 1)
 
@@ -16,22 +16,26 @@ import operator
 import torch
 from torch import fx
 
-from snn_compile.ir.values import example, is_getitem, known_int
+from snn_compile.ir.values import example, known_int
+from snn_compile.passes.concatenations import pieces_of
 from snn_compile.passes.effects import is_write
 from snn_compile.passes.emit import emit
 from snn_compile.passes.functionalize import store
+from snn_compile.passes.parts import Part, indexed, part_of
 
 
 def index_steps(gm: fx.GraphModule) -> int:
     """Reads of a `gm` (torch-level, with examples), in place; gives how many slices became steps."""
     found: dict[tuple[fx.Node, int, int], list[tuple[fx.Node, int]]] = {}
     for node in gm.graph.nodes:
-        if is_getitem(node) and (step := _step(node.args[0], node.args[1])) is not None:
+        part = part_of(node)  # (pieces of a `chunk` are told apart as they are)
+        if part is not None and part.source is node.args[0] and (step := _step(part)) is not None:
             dim, t, width = step
-            found.setdefault((node.args[0], dim, width), []).append((node, t))  # type: ignore[arg-type]
+            found.setdefault((part.source, dim, width), []).append((node, t))
     count = 0
     for (source, dim, width), slices in found.items():
-        if len({t for _, t in slices}) < 2 or (width > 1 and any(is_write(u) for u in source.users)):
+        is_single = len({t for _, t in slices}) < 2
+        if is_single or (width > 1 and (any(map(is_write, source.users)) or _was_joined(source, dim, width))):
             continue
         steps = source if width == 1 else _unflattened(gm.graph, source, dim, width)
         for node, t in slices:
@@ -40,13 +44,19 @@ def index_steps(gm: fx.GraphModule) -> int:
     return count
 
 
+def _was_joined(source: fx.Node, dim: int, width: int) -> bool:
+    """``cat([v, i], 1)``: what `unwrap_steps` has left of it is taken apart behind `functionalize`."""
+    joined = pieces_of(source)
+    return joined is not None and joined[1] == dim and all(example(p).shape[dim] == width for p in joined[0])  # type: ignore[union-attr]
+
+
 def index_stores(gm: fx.GraphModule) -> int:
     """The same for writes that `functionalize` has made `store`; gives how many."""
     stores = [n for n in gm.graph.nodes if n.target is store and _is_of_several(n)]
     by_width: dict[fx.Node, tuple[fx.Node, int, int]] = {}  # a store -> the one that took its place, its dim and width
     for node in stores:
         buffer, index, value = node.args
-        dim, t, width = _step(buffer, index)  # type: ignore[misc]
+        dim, t, width = _step(indexed(buffer, index))  # type: ignore[misc]
         before = by_width.get(buffer)  # type: ignore[arg-type]
         is_chained = before is not None and before[1:] == (dim, width)
         given = before[0] if is_chained else _unflattened(gm.graph, buffer, dim, width)  # type: ignore[index, arg-type]
@@ -63,34 +73,22 @@ def index_stores(gm: fx.GraphModule) -> int:
     return len(stores)
 
 
-def _step(source: object, index: object) -> tuple[int, int, int] | None:
+def _step(part: Part | None) -> tuple[int, int, int] | None:
     """``(dim, t, width)`` of ``x[:, t*width : (t + 1)*width]``"""
-    value, index = example(source), index if isinstance(index, tuple) else (index,)
-    if index and index[-1] is Ellipsis:
-        index = index[:-1]
-    if not isinstance(value, torch.Tensor) or not all(isinstance(i, slice) for i in index):
+    if part is None or part.is_step or not isinstance(example(part.source), torch.Tensor):
         return None
-    narrow = [(d, i) for d, i in enumerate(index) if i != slice(None)]
-    if len(narrow) != 1:
-        return None
-    dim, found = narrow[0]
-    start = 0 if found.start is None else found.start
-    size = known_int(value.shape[dim])
-    stop = size if found.stop is None else found.stop
-    if not isinstance(start, int) or not isinstance(stop, int) or size is None or found.step not in (None, 1):
-        return None
-    width = stop - start
-    is_step = 0 <= start < stop <= size and start % width == 0 and (width == 1 or (width < size and size % width == 0))
-    return (dim, start // width, width) if is_step else None
+    width, size = part.stop - part.start, known_int(example(part.source).shape[part.dim])  # type: ignore[union-attr]
+    is_step = size is not None and width > 0 and part.start % width == 0 and (width == 1 or (width < size and size % width == 0))
+    return (part.dim, part.start // width, width) if is_step else None
 
 
 def _is_of_several(node: fx.Node) -> bool:
     """Whether a store, and another one before or behind it in its chain, write steps of the same length above 1."""
-    here = _step(*node.args[:2])
+    here = _step(indexed(*node.args[:2]))
     if here is None or here[2] == 1:
         return False
     others = [node.args[0], *(u for u in node.users if u.args[0] is node)]
-    steps = [_step(*o.args[:2]) for o in others if isinstance(o, fx.Node) and o.target is store]
+    steps = [_step(indexed(*o.args[:2])) for o in others if isinstance(o, fx.Node) and o.target is store]
     return any(s is not None and (s[0], s[2]) == (here[0], here[2]) for s in steps)
 
 

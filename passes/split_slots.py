@@ -6,163 +6,196 @@
         mem[1] = 0.9 * mem[1] + (mem[0] > 1)            m1.copy_(0.9 * m1 + (m0 > 1))
     return mem                                      return stack([m0, m1])
 
+and so where slots are ranges: ``v, i = state.chunk(2, 1); v.mul_(0.9)``, ``state[:, :n] += x[t]``.
+
 `passes/functionalize` makes values of the writes then, and each slot is a state like any other. What a slot gives is the memory
 itself before and after, so that a later write shows in it as it did.
 
-Fires where the tensor is made in the graph, every use of it before the last write is a read or a write of a slot - one number
-along one dim, the same in all of them -, and some slot is written into twice or in part (else it is a record, `out[t] = s`).
+Fires where the tensor is made in the graph, every use of it before the last write is a read or a write of a slot - a number, or
+one of several ranges that do not overlap, along one dim -, and some slot is written into twice or in part (else it is a record,
+`out[t] = s`).
 
-Does not fire: slots that are results beside the whole, views of slots, slices and masks of the whole, numbers that vary.
+Does not fire: slots that are results beside the whole, views of slots, masks of the whole, numbers that vary.
 """
 
 from __future__ import annotations
 
+import itertools
 import operator
 
 import torch
 from torch import fx
 
-from snn_compile.ir.values import example, is_getitem, storage_key, wanting_grad
+from snn_compile.ir.values import example, storage_key, wanting_grad
 from snn_compile.passes.effects import is_write, written
 from snn_compile.passes.emit import emit
+from snn_compile.passes.functionalize import is_alias
 from snn_compile.passes.hoist_creations import LIKE
+from snn_compile.passes.parts import Part, indexed, part_of
 
 #: They read no memory of the tensor that they are given.
 CREATIONS = {*LIKE, torch.empty, torch.empty_like, "new_full", "new_empty"}
 #: slots that nothing reads or writes: nobody keeps states in a tensor that is mostly something else
 MOST_UNUSED = 64
 
+#: Where a slot begins and ends along the dim of slots.
+Bounds = tuple[int, int]
+
 
 def split_slots(graph: fx.Graph) -> int:
     """Rewrite `graph` (torch-level, with examples) in place; gives how many tensors were split."""
-    found = [slots for slots in (_slots_of(node) for node in graph.nodes if _is_creation(node)) if slots is not None]
+    touching: dict[int | None, list[fx.Node]] = {}
+    for node in graph.nodes:
+        for key in {storage_key(node), *map(storage_key, node.all_input_nodes)}:
+            touching.setdefault(key, []).append(node)
+    changed = {storage_key(operand) for node in graph.nodes for operand in written(node)} - {None}
+    made = [n for n in graph.nodes if n.op in ("call_function", "call_method") and storage_key(n) in changed and not is_alias(n)]
+    found = [slots for node in made if (slots := _slots_of(node, touching[storage_key(node)])) is not None]
     for slots in found:
         slots.replace()
     return len(found)
 
 
-def _is_creation(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and node.target in CREATIONS
-
-
 class _Slots:
     """The reads and writes of one tensor, by slot, and its uses as a whole behind the last write."""
 
-    def __init__(self, node: fx.Node, dim: int) -> None:
-        self.node, self.dim = node, dim
-        self.size = example(node).shape[dim]
+    def __init__(self, node: fx.Node, dim: int, is_step: bool) -> None:
+        self.node, self.dim, self.is_step = node, dim, is_step
         #: nodes that hold a slot's memory, and the slot: reads of it, and writes into those
-        self.aliases: dict[fx.Node, int] = {}
-        self.stores: dict[fx.Node, int] = {}
+        self.aliases: dict[fx.Node, Bounds] = {}
+        self.stores: dict[fx.Node, Bounds] = {}
+        #: ``node.chunk(2, 1)``, of which only the pieces are read
+        self.several: list[fx.Node] = []
         self.whole: list[fx.Node] = []
         self.is_result = False
 
-    def _start(self, part: fx.Node) -> fx.Node:
-        number = LIKE[self.node.target](self.node) if self.node.target in LIKE else None
+    def bounds(self) -> list[Bounds] | None:
+        """All slots in order, those between them that nobody uses, too; None where they are no slots."""
+        size, used = example(self.node).shape[self.dim], sorted({*self.aliases.values(), *self.stores.values()})
+        ends = [0, *itertools.chain(*used), size]
+        if ends != sorted(ends):
+            return None
+        found = [b for b in itertools.pairwise(ends) if b[0] < b[1]]
+        if self.is_step:
+            found = [(k, k + 1) for k in range(size)] if size - len(used) <= MOST_UNUSED else []
+        # (of what was computed, ``v[0] *= 2`` is a write into a part)
+        return found if found == used or (found and self.node.target in CREATIONS) else None
+
+    def _start(self, at: Bounds) -> fx.Node:
+        graph = self.node.graph
+        index = (*[slice(None)] * self.dim, at[0] if self.is_step else slice(*at))
+        part = emit(graph, "call_function", operator.getitem, (self.node, index), {})
+        number = LIKE[self.node.target](self.node) if self.node.target in LIKE else None  # type: ignore[index]
         if isinstance(number, (int, float)):
-            return emit(part.graph, "call_function", torch.full_like, (part, number), {})
-        return emit(part.graph, "call_method", "clone", (part,), {})
+            return emit(graph, "call_function", torch.full_like, (part, number), {})
+        return emit(graph, "call_method", "clone", (part,), {})
+
+    def _written_into(self, at: Bounds) -> list[object]:
+        """Examples of what is written into a slot, and of what is written into where it is written into in part."""
+        whole = [example(n.args[2]) for n, slot in self.stores.items() if slot == at]
+        return [*whole, *(example(n) for n, slot in self.aliases.items() if slot == at and self._is_written(n))]
+
+    def _is_written(self, alias: fx.Node) -> bool:
+        return is_write(alias) or any(alias in written(user) for user in alias.users)
 
     def replace(self) -> None:
-        graph = self.node.graph
-        index = (slice(None),) * self.dim
+        graph, bounds = self.node.graph, self.bounds()
+        assert bounds is not None
         with graph.inserting_before(self.node.next):
-            parts = [emit(graph, "call_function", operator.getitem, (self.node, (*index, k)), {}) for k in range(self.size)]
-            slots = [self._start(part) for part in parts]
-        for node, k in self.aliases.items():
-            if is_getitem(node):
-                node.replace_all_uses_with(slots[k])
+            slots = {at: self._start(at) for at in bounds}
+        for at, slot in slots.items():  # (as the example of a tensor is after all writes)
+            slot.meta["example_value"] = wanting_grad(example(slot), self._written_into(at))
+        for node, at in self.aliases.items():
+            if not is_write(node):
+                node.replace_all_uses_with(slots[at])
                 graph.erase_node(node)
             else:
-                node.meta["example_value"] = wanting_grad(example(slots[k]), [example(node)])
-        for node, k in self.stores.items():
+                node.meta["example_value"] = example(slots[at])
+        for node, at in self.stores.items():
             value = node.args[2]
             with graph.inserting_before(node):
-                write = graph.call_method("copy_" if isinstance(value, fx.Node) else "fill_", (slots[k], value))
-            write.meta = {**node.meta, "example_value": wanting_grad(example(slots[k]), [example(value)])}
+                write = graph.call_method("copy_" if isinstance(value, fx.Node) else "fill_", (slots[at], value))
+            write.meta = {**node.meta, "example_value": example(slots[at])}
+            graph.erase_node(node)
+        for node in self.several:
             graph.erase_node(node)
         if self.whole:
             with graph.inserting_before(self.whole[0]):
-                joined = emit(graph, "call_function", torch.stack, (slots, self.dim), {})
-            joined.meta["example_value"] = wanting_grad(example(joined), [example(self.node)])
+                join = torch.stack if self.is_step else torch.cat
+                joined = emit(graph, "call_function", join, (list(slots.values()), self.dim), {})
             for node in self.whole:
                 node.replace_input_with(self.node, joined)
 
 
-def _slots_of(node: fx.Node) -> _Slots | None:
-    """What `replace` needs, where all of the module's docstring holds."""
-    value = example(node)
-    indexed = [u for u in node.users if _slot(u, node) is not None]
-    if not isinstance(value, torch.Tensor) or not value.is_contiguous() or not indexed:
+def _slots_of(node: fx.Node, touching: list[fx.Node]) -> _Slots | None:
+    """What `replace` needs, where all of the module's docstring holds. `touching`: the nodes that have, or read, its memory."""
+    value, first = example(node), next(filter(None, (_slot(user, node) for user in touching)), None)
+    if not isinstance(value, torch.Tensor) or not value.is_contiguous() or first is None:
         return None
-    dim, _ = _slot(indexed[0], node)  # type: ignore[misc]
-    if not isinstance(value.shape[dim], int) or not 1 < value.shape[dim] <= len(indexed) + MOST_UNUSED:
+    if not isinstance(value.shape[first.dim], int) or value.shape[first.dim] < 2:
         return None
-    slots, order = _Slots(node, dim), list(node.graph.nodes)
-    last = max((i for i, n in enumerate(order) if any(storage_key(w) == storage_key(node) for w in written(n))), default=-1)
-    full: set[int] = set()
+    slots = _Slots(node, first.dim, first.is_step)
+    last = max(i for i, n in enumerate(touching) if any(storage_key(w) == storage_key(node) for w in written(n)))
+    full: set[Bounds] = set()
     is_record = True
-    for position, user in enumerate(order):
-        touches = storage_key(user) == storage_key(node) or any(storage_key(i) == storage_key(node) for i in user.all_input_nodes)
-        if user is node or not touches:
-            continue
-        k = _take(slots, user, position > last)
-        if k is None:
+    for position, user in enumerate(touching):
+        at = _take(slots, user, position > last) if user is not node else ()
+        if at is None:
             return None
-        if is_write(user):
-            is_record = is_record and k not in full and (user in slots.stores or user.target == "copy_")
-            full.add(k)
+        if at and is_write(user):
+            is_record = is_record and at not in full and (user in slots.stores or user.target == "copy_")
+            full.add(at)
     shares = any(user.op == "output" or storage_key(user) == storage_key(node) for user in slots.whole)
-    return None if is_record or (slots.is_result and shares) else slots
+    return None if is_record or (slots.is_result and shares) or slots.bounds() is None else slots
 
 
-def _take(slots: _Slots, user: fx.Node, is_behind: bool) -> int | None:
-    """Note a node that touches the memory, and give its slot; None where it cannot be split, -1 where it needs not be."""
+def _take(slots: _Slots, user: fx.Node, is_behind: bool) -> Bounds | tuple[()] | None:
+    """Note a node that touches the memory, and give its slot; None where it cannot be split, () where it needs not be."""
     node = slots.node
-    at = _slot(user, node)
-    if at is not None:
-        if at[0] != slots.dim or (user.target is operator.setitem and not _fits(user, slots)):
+    part = _slot(user, node)
+    if part is not None:
+        if (part.dim, part.is_step) != (slots.dim, slots.is_step) or (is_write(user) and not _fits(user, part)):
             return None
-        k = at[1] % slots.size
-        (slots.aliases if is_getitem(user) else slots.stores)[user] = k
-        return k
+        at = (part.start, part.stop)
+        (slots.stores if is_write(user) else slots.aliases)[user] = at
+        return at
     held = [slots.aliases[i] for i in user.all_input_nodes if i in slots.aliases]
-    if node in user.all_input_nodes and _is_creation(user):
-        return -1
+    if node in user.all_input_nodes and user.target in CREATIONS:
+        return ()
+    if node in user.all_input_nodes and user.users and all(_slot(u, node) is not None for u in user.users):
+        slots.several.append(user)
+        return ()
     slots.is_result = slots.is_result or bool(held and user.op == "output")
     if node in user.all_input_nodes:  # of the whole
         slots.whole.append(user)
-        return -1 if is_behind and not is_write(user) else None
+        return () if is_behind and not is_write(user) else None
     if not held or user.op == "output":
-        return -1 if is_behind else None
+        return () if is_behind else None
     if storage_key(user) != storage_key(node):
         # a value of it, or a write that gives nothing back
         return held[0] if all(w in slots.aliases for w in written(user)) else None
     first = user.args[0] if user.args else None
-    if not is_write(user) or first not in slots.aliases or example(user).shape != example(first).shape:
+    if not is_write(user) or first not in slots.aliases or example(user).shape != example(first).shape:  # type: ignore[union-attr]
         return None  # a view
     slots.aliases[user] = slots.aliases[first]  # type: ignore[index]
-    return slots.aliases[user]
+    return slots.aliases[user]  # type: ignore[index]
 
 
-def _slot(user: fx.Node, node: fx.Node) -> tuple[int, int] | None:
-    """The dim and number of ``node[:, 3]``, and of ``node[:, 3] = value``."""
-    if user.op != "call_function" or user.target not in (operator.getitem, operator.setitem) or user.args[0] is not node:
-        return None
-    index = user.args[1] if isinstance(user.args[1], tuple) else (user.args[1],)
-    *before, k = index
-    is_whole = all(part == slice(None) for part in before if not isinstance(part, fx.Node))
-    if type(k) is not int or not is_whole or any(isinstance(part, fx.Node) for part in before):
-        return None
-    size = example(node).shape[len(before)]
-    return (len(before), k) if isinstance(size, int) and -size <= k < size else None
+def _slot(user: fx.Node, node: fx.Node) -> Part | None:
+    """The part of `node` that is read, or that ``node[:, 3] = value`` writes."""
+    if user.target is operator.setitem:
+        return indexed(node, user.args[1]) if user.args[0] is node else None
+    part = part_of(user)
+    return part if part is not None and part.source is node else None
 
 
-def _fits(store: fx.Node, slots: _Slots) -> bool:
+def _fits(store: fx.Node, part: Part) -> bool:
     """Whether what is stored is a number, or a tensor that is as the slot in all but its dtype."""
     value = store.args[2]
     if not isinstance(value, fx.Node):
         return isinstance(value, (int, float, bool))
-    whole, held = example(slots.node), example(value)
-    shape = whole.shape[: slots.dim] + whole.shape[slots.dim + 1 :]
+    whole, held = example(part.source), example(value)
+    assert isinstance(whole, torch.Tensor)
+    length = () if part.is_step else (part.stop - part.start,)
+    shape = (*whole.shape[: part.dim], *length, *whole.shape[part.dim + 1 :])
     return isinstance(held, torch.Tensor) and held.shape == shape and held.device == whole.device

@@ -1,23 +1,27 @@
-"""A step that is wrapped into a time dim of length one, and taken out of it again, is itself.
+"""What is taken out of what it was put into is itself.
 
     a.unsqueeze(0)[0]  ->  a          a[None].unbind(0)[0]  ->  a          stack([a, b])[1]  ->  b
+    state = cat([v, i], 1); v, i = state.chunk(2, 1)  ->  v, i             stack([v, i], -1)[..., 0]  ->  v
 
-A layer for all steps that is called with one, or an op that `decompose` has inlined, leaves such pairs in the path of a state,
-where no kernel can hold them.
+A layer for all steps that is called with one, states that are handed on in one tensor, or an op that `decompose` has inlined,
+leave such pairs in the path of a state, where no kernel can hold them.
 
-Does not fire: stacks of what something writes into, since a stack is a copy; what lies in memory otherwise than a step of
-the stack, where that shows.
+Does not fire: a tensor that something writes into, since a stack is a copy; what lies in memory otherwise than it did, where
+that shows; parts that are results.
 """
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import fx
 
-from snn_compile.ir.values import example, is_getitem, storage_key
+from snn_compile.ir.values import example, is_getitem, known_int, storage_key
+from snn_compile.passes.concatenations import pieces_of
 from snn_compile.passes.effects import memory_written, sweeping
+from snn_compile.passes.parts import Part, part_of
 
-_UNBIND = ("unbind", torch.unbind)
 _UNSQUEEZE = ("unsqueeze", torch.unsqueeze)
 
 
@@ -36,29 +40,45 @@ def unwrap_steps(gm: fx.GraphModule) -> int:
 
 
 def _unwrapped(node: fx.Node, changed: set[int | None]) -> fx.Node | None:
-    """What `node` is, where that is a step taken out of its wrapping."""
-    if not is_getitem(node) or type(node.args[1]) is not int:
+    """What `node` is, where that is a value taken out of its wrapping."""
+    part = part_of(node)
+    if part is None or not isinstance(example(part.source), torch.Tensor):
         return None
-    series, index = node.args
-    if isinstance(series, fx.Node) and series.target in _UNBIND and _is_first_dim(series, 1):
-        series = series.args[0]
-    if not isinstance(series, fx.Node) or not isinstance(example(series), torch.Tensor):
+    if part.is_step and part.dim == _new_dim(part.source):
+        return part.source.args[0]  # type: ignore[return-value]
+    piece = _piece(part)
+    if piece is None or {storage_key(part.source), storage_key(piece)} & changed:
         return None
-    if series.target is torch.stack and _is_first_dim(series, 1):
-        steps = series.args[0]
-        known = isinstance(steps, (list, tuple)) and -len(steps) <= index < len(steps)  # type: ignore[operator]
-        is_written = known and {storage_key(series), *map(storage_key, steps)} & changed  # type: ignore[arg-type]
-        if not known or is_written or (_shows_layout(node) and not example(steps[index]).is_contiguous()):  # type: ignore[index, union-attr]
-            return None
-        return steps[index]  # type: ignore[index, return-value]
-    is_wrapped = (series.target in _UNSQUEEZE and _is_first_dim(series, 1)) or (is_getitem(series) and series.args[1] is None)
-    return series.args[0] if is_wrapped and index in (0, -1) else None  # type: ignore[return-value]
+    is_seen = any(user.op == "output" for user in node.users) and not (part.is_step and part.dim == 0)
+    return None if is_seen or (_shows_layout(node) and not example(piece).is_contiguous()) else piece  # type: ignore[union-attr]
+
+
+def _piece(part: Part) -> fx.Node | None:
+    """The tensor that the part of a stack, or of a concatenation, was."""
+    join = part.source
+    if join.target is torch.stack:
+        pieces, dim = join.args[0], join.args[1] if len(join.args) > 1 else join.kwargs.get("dim", 0)
+        is_along = type(dim) is int and dim % example(join).dim() == part.dim  # type: ignore[union-attr]
+        found = pieces[part.start] if part.is_step and is_along and isinstance(pieces, (list, tuple)) else None
+        return found if isinstance(found, fx.Node) else None
+    joined = pieces_of(join)
+    if joined is None or part.is_step or joined[1] != part.dim:
+        return None
+    values = [example(piece) for piece in joined[0]]
+    if any(v.dim() != example(join).dim() or v.dtype != example(join).dtype for v in values):  # type: ignore[union-attr]
+        return None
+    ends = itertools.accumulate((known_int(v.shape[part.dim]) or 0 for v in values), initial=0)  # type: ignore[union-attr]
+    same = [p for p, at in zip(joined[0], itertools.pairwise(ends), strict=True) if at == (part.start, part.stop)]
+    return same[0] if len(same) == 1 else None
+
+
+def _new_dim(node: fx.Node) -> int | None:
+    """The dim that ``a.unsqueeze(0)``, or ``a[None]``, has added."""
+    if node.target in _UNSQUEEZE:
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        return dim % example(node).dim() if isinstance(dim, int) else None  # type: ignore[union-attr]
+    return 0 if is_getitem(node) and node.args[1] is None else None
 
 
 def _shows_layout(node: fx.Node) -> bool:
     return any(user.op == "output" or user.target == "view" for user in node.users)
-
-
-def _is_first_dim(node: fx.Node, place: int) -> bool:
-    dim = node.args[place] if len(node.args) > place else node.kwargs.get("dim", 0 if node.target not in _UNSQUEEZE else None)
-    return isinstance(dim, int) and dim == 0 and not set(node.kwargs) - {"dim"}

@@ -155,15 +155,16 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     decomposed, refused = decompose(work)
     report.rejections += refused
     counters["snn_compile"]["ops_decomposed"] += decomposed
-    unwrap_steps(work)
     write_out(work.graph)
     split_slots(work.graph)
+    unwrap_steps(work)
     views_of_inputs(work.graph)
     work_on_copies(work.graph)
     inline_detached(work)
     merge_views(work.graph)
     index_steps(work)
     functionalize(work)
+    unwrap_steps(work)  # (what was written into before)
     name_results(work.graph)
     index_stores(work)
     hoist_creations(work)

@@ -122,6 +122,14 @@ STARTS = (
     "torch.zeros(1, *x.shape[2:], dtype=x.dtype)",
     "lin(x[0])",
 )
+PACKED = (
+    ("{p} = torch.stack([{a}, {b}])", "{a}, {b} = {p}"),
+    ("{p} = torch.stack([{a}, {b}], -1)", "{b}, {a} = {p}[..., 1], {p}[..., 0]"),
+    ("{p} = torch.cat([{a}, {b}], 1)", "{a}, {b} = {p}.chunk(2, 1)"),
+    ("{p} = torch.cat([{a}, {b}])", "{a}, {b} = {p}[:x.shape[1]], {p}[x.shape[1]:]"),
+    ("{p} = torch.cat([{a}, {b}], -1)", "{a}, {b} = {p}.split(x.shape[-1], -1)"),
+    ("{p} = 1.0 * torch.cat([{a}, {b}], -1)", "{a}, {b} = {p}.chunk(2, -1)"),
+)
 CONDITIONS = ("if t == 0:", "if t > 0:", "if t % 2 == 0:", "if t < T - 1:", "with torch.no_grad():", "with torch.enable_grad():")
 RESULTS = (
     "torch.stack({s})",
@@ -156,7 +164,8 @@ class _Writer:
         self.fresh = 0
 
     def line(self, text: str) -> None:
-        self.lines.append("    " * self.depth + text)
+        if text:
+            self.lines.append("    " * self.depth + text)
 
     def name(self, kind: str) -> str:
         self.fresh += 1
@@ -169,10 +178,15 @@ class _Writer:
         starts = {v: rng.choice(STARTS) for v in states}
         if len(states) > 1 and rng.random() < 0.1:
             starts[states[1]] = states[0]
+        packed = ("", "")
         if rng.random() < 0.2:  # (slots of one tensor)
             states, starts = self.slots(len(states)), {}
+        elif len(states) == 2 and rng.random() < 0.4:  # (handed on in one tensor)
+            starts = {v: rng.choice(STARTS[:6]) for v in states}
+            packed = self.packed(states)
         for v in starts:
             self.line(f"{v} = {starts[v]}")
+        self.line(packed[0])
         collected = [self.name("out") for _ in range(rng.choice((1, 1, 2)))]
         for out in collected:
             self.line(f"{out} = []")
@@ -182,6 +196,7 @@ class _Writer:
             source += "_s"
         self.line(rng.choice(("for t in range(T):",) * 6 + ("for t in reversed(range(T)):",)))
         self.depth += 1
+        self.line(packed[1])
         for v in states:
             if starts.get(v) == "None":
                 self.line(f"if {v} is None:")
@@ -197,6 +212,7 @@ class _Writer:
             self.statement(usable, states)
         for out in collected:
             self.line(f"{out}.append({rng.choice(usable)})")
+        self.line(packed[0])
         self.depth -= 1
         self.series += collected
         self.states = [*states, *{v.partition("[")[0] for v in states if v.endswith("]")}]
@@ -208,6 +224,12 @@ class _Writer:
         start = rng.choice(("x.new_zeros({s})", "torch.zeros({s}, dtype=x.dtype)", "torch.full(({s},), 0.25, dtype=x.dtype)"))
         self.line(f"{name} = {start.format(s=along.format(n=count + rng.randint(0, 1)))}")
         return [f"{name}[{':, ' * along.startswith('x')}{k}]" for k in range(count)]
+
+    def packed(self, states: list[str]) -> tuple[str, str]:
+        """How two states become one tensor, and two again."""
+        (a, b), name = states, self.name("packed")
+        pack, unpack = self.rng.choice(PACKED)
+        return pack.format(p=name, a=a, b=b), unpack.format(p=name, a=a, b=b)
 
     def value(self, usable: list[str], templates: tuple[str, ...] | None = None) -> str:
         rng = self.rng

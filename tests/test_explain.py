@@ -168,7 +168,7 @@ def test_a_write_that_is_no_value_is_named() -> None:
     def into_memory_from_outside(x):
         states, out = torch.zeros(2, *x.shape[1:]), []
         for t in range(len(x)):
-            v = states[0]
+            v = states.transpose(0, 1)[:, 0]
             v.mul_(0.5).add_(x[t])
             s = v > 1.0
             v.masked_fill_(s, 0.0)

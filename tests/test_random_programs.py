@@ -13,6 +13,8 @@ import collections
 import contextlib
 import time
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -26,16 +28,40 @@ from tests.test_random_steps import interpreted
 seen: collections.Counter[str] = collections.Counter()
 
 
+@dataclass(frozen=True)
+class How:
+    """`compiled`: with the whole backend; `dynamic`: with symbolic sizes; `autocast`: in fp32, under autocast to bf16."""
+
+    compiled: bool = False
+    dynamic: bool = False
+    autocast: bool = False
+
+    @property
+    def tolerance(self) -> float:
+        """In bf16, sums of eighths are exact in any order, and sigmoids are not."""
+        return 2e-2 if self.autocast else 1e-9
+
+    def __call__(self, made: Made, function: Callable[..., list[object]]) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            return made.run(function)
+
+    def text(self, program: str) -> str:
+        """Gradients are switched on by no one; autocast is switched off."""
+        if not self.autocast:
+            return program
+        return program.replace("torch.enable_grad()", "torch.autocast('cpu', enabled=False)")
+
+
 class Wrong(AssertionError):
     """What a program gives compiled is not what eager gives."""
 
 
-def close(what: str, a: Tensor, b: Tensor) -> None:
+def close(what: str, a: Tensor, b: Tensor, tolerance: float = 1e-9) -> None:
     if a.dtype != b.dtype or a.shape != b.shape:
         raise Wrong(f"{what}: {b.dtype} {tuple(b.shape)}, eager has {a.dtype} {tuple(a.shape)}")
     error = (a - b).abs().max() if a.is_floating_point() and a.numel() else torch.tensor(0.0)
     scale = a.detach().abs().max() if a.numel() else torch.tensor(1.0)
-    if not torch.allclose(a, b, rtol=1e-9, atol=1e-9 * max(1.0, float(scale)), equal_nan=True):
+    if not torch.allclose(a, b, rtol=tolerance, atol=tolerance * max(1.0, float(scale)), equal_nan=True):
         raise Wrong(f"{what}: off by {float(error.detach())}")
 
 
@@ -60,16 +86,22 @@ def gradients(made: Made, results: list[Tensor]) -> list[Tensor | None]:
 
 
 def compare(
-    eager: Made, expected: list[Tensor], wanted: list[Tensor | None] | None, compiled: Made, got: list[Tensor], shared: bool
+    eager: Made,
+    expected: list[Tensor],
+    wanted: list[Tensor | None] | None,
+    compiled: Made,
+    got: list[Tensor],
+    shared: bool,
+    tolerance: float,
 ) -> None:
     for i, (a, b) in enumerate(zip(expected, got, strict=True)):
-        close(f"result {i}", a, b)
+        close(f"result {i}", a, b, tolerance)
         if strides(a) not in (None, strides(b)):
             raise Wrong(f"result {i}: strides {b.stride()}, eager has {a.stride()}")
     for i, (a, b) in enumerate(zip(eager.buffers(), compiled.buffers(), strict=True)):
-        close(f"buffer {i}", a, b)
+        close(f"buffer {i}", a, b, tolerance)
     for i, (a, b) in enumerate(zip(eager.states(), compiled.states(), strict=True)):
-        close(f"state {i}", a, b)
+        close(f"state {i}", a, b, tolerance)
     mine, theirs = (share(r, m.operands) for r, m in ((got, compiled), (expected, eager)))
     if shared and mine != theirs:
         raise Wrong(f"results share memory with inputs: {mine}, in eager {theirs}")
@@ -82,7 +114,7 @@ def compare(
         elif not g.isfinite().all():
             seen["a gradient of eager overflows"] += 1
         else:
-            close(f"gradient {i}", g, h)
+            close(f"gradient {i}", g, h, tolerance)
 
 
 def _passes(gm: fx.GraphModule, _: object):  # type: ignore[no-untyped-def]
@@ -93,16 +125,16 @@ def _passes(gm: fx.GraphModule, _: object):  # type: ignore[no-untyped-def]
     return gm.forward
 
 
-def check(seed: int, compiled: bool = False, text: str = "", dynamic: bool = False) -> None:
+def check(seed: int, how: How = How(), text: str = "") -> None:
     """The program of this seed, or `text` in its place."""
     given, steps = source(seed)
-    text = text or given
-    images = seed % 5 == 0
-    eager = make(seed, text, steps, images)
+    text = how.text(text or given)
+    images, dtype = seed % 5 == 0, torch.float32 if how.autocast else torch.float64
+    eager = make(seed, text, steps, images, dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            expected = eager.run(eager.function)
+            expected = how(eager, eager.function)
         except Exception:
             seen["eager fails"] += 1
             return
@@ -111,16 +143,16 @@ def check(seed: int, compiled: bool = False, text: str = "", dynamic: bool = Fal
             wanted = gradients(eager, expected)
         except RuntimeError:  # (written into what its backward needs: Inductor says so when it compiles)
             seen["eager has no gradient"] += 1
-            if compiled:
+            if how.compiled:
                 return
-        other = make(seed, text, steps, images)
+        other = make(seed, text, steps, images, dtype)
         torch._dynamo.reset()
-        with contextlib.nullcontext() if compiled else interpreted():
-            backend, options = ("snn", {"strict": True, "step_from": 4}) if compiled else (_passes, None)
-            got = other.run(torch.compile(other.function, backend=backend, options=options, dynamic=dynamic))
+        with contextlib.nullcontext() if how.compiled else interpreted():
+            backend, options = ("snn", {"strict": True, "step_from": 4}) if how.compiled else (_passes, None)
+            got = how(other, torch.compile(other.function, backend=backend, options=options, dynamic=how.dynamic))
             seen["programs"] += 1
             # (a view taken while gradients are switched off is no view that can be taken again)
-            compare(eager, expected, wanted, other, got, shared="grad():" not in text)
+            compare(eager, expected, wanted, other, got, "grad():" not in text, how.tolerance)
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -229,16 +261,16 @@ def test_a_group_norm_of_what_lies_with_gaps() -> None:
 
 
 def test_a_record_in_steps_that_differ_compiles_whole() -> None:
-    check(1, compiled=True, text="def f(x, y, k, b, buf, mem):" + WRONG_ONCE["a_record_in_steps_that_differ"])
+    check(1, How(compiled=True), "def f(x, y, k, b, buf, mem):" + WRONG_ONCE["a_record_in_steps_that_differ"])
 
 
-def shortened(seed: int, compiled: bool, dynamic: bool, failure: type[Exception]) -> str:
+def shortened(seed: int, how: How, failure: type[Exception]) -> str:
     """The program of this seed without the lines that do not matter to how it fails."""
     lines = source(seed)[0].splitlines()
 
     def fails(lines: list[str]) -> bool:
         try:
-            check(seed, compiled, "\n".join(lines), dynamic)
+            check(seed, how, "\n".join(lines))
         except Exception as found:
             return type(found) is failure
         return False
@@ -259,18 +291,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the first program; the others follow")
     parser.add_argument("--compiled", action="store_true", help="with Inductor and generated kernels: ten times as slow")
     parser.add_argument("--dynamic", action="store_true", help="with symbolic sizes")
+    parser.add_argument("--autocast", action="store_true", help="in fp32, under autocast to bf16")
     parser.add_argument("--shorten", action="store_true", help="print what fails, without the lines that do not matter")
     given = parser.parse_args()
+    how = How(given.compiled, given.dynamic, given.autocast)
     start, failures = time.perf_counter(), 0
     for seed in range(given.seed, given.seed + given.programs):
         try:
-            check(seed, given.compiled, dynamic=given.dynamic)
+            check(seed, how)
         except Exception as failure:
             failures += 1
             lines = [line for line in str(failure).splitlines() if line] or [""]
             print(f"{seed}: {type(failure).__name__}: {' '.join(lines[:2])[:200]}", flush=True)
             if given.shorten:
-                print(shortened(seed, given.compiled, given.dynamic, type(failure)), flush=True)
+                print(shortened(seed, how, type(failure)), flush=True)
     print(f"torch {torch.__version__}, {time.perf_counter() - start:.0f} s, {failures} failures")
     for what, count in seen.most_common():
         print(f"{count:7} {what}")

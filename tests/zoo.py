@@ -868,6 +868,30 @@ def two_layers_in_one_loop(x):
     return torch.stack(out)
 
 
+@case()
+def slots_of_one_tensor(x):
+    states, out = torch.zeros(2, *x.shape[1:]), []
+    for t in range(x.shape[0]):
+        states[0], s = _step(states[0], x[t])
+        states[1] += s * 0.7
+        z = Sigmoid.apply(states[1] - 1.0, 4.0)
+        states[1] = states[1] - z
+        out.append(z)
+    return torch.stack(out), states
+
+
+@case()
+def states_handed_on_in_one_tensor(x):
+    packed, out = torch.zeros(x.shape[1], 2 * x.shape[2]), []
+    for t in range(x.shape[0]):
+        v, i = packed.chunk(2, dim=1)
+        i = i * 0.8 + x[t]
+        v, s = _step(v, i)
+        packed = torch.cat([v, i], dim=1)
+        out.append(s)
+    return torch.stack(out), packed
+
+
 @case((4, 6), (5, 6), (3, 5), recurrences=2)
 def linear_layers_in_the_loop(x, w1, w2):
     v, u, out = torch.zeros(4, 5), torch.zeros(4, 3), []

@@ -156,6 +156,19 @@ def test_writes_that_became_no_loop_are_written_again():
     assert store not in captured.targets()
 
 
+def pieces_written_into(a):
+    first, second = torch.cat([a[0], a[1]], 1).chunk(2, 1)
+    one, other = torch.stack([a[2], a[3]])
+    first.sigmoid_()
+    other.mul_(3.0)
+    return first * 1.0, second * 1.0, one * 1.0, other * 1.0
+
+
+def test_pieces_of_a_tensor_are_no_names_of_it():
+    captured = capture(pieces_written_into, x().detach())
+    captured.check(functionalize)
+
+
 def filled_with_a_tensor(a):
     """``torch.full(shape, tensor)`` is this in Dynamo's graph."""
     out = torch.empty(3, 5, dtype=torch.float64).fill_(a[0, 0, 0])

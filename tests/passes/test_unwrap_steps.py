@@ -1,7 +1,8 @@
+import pytest
 import torch
 
 from snn_compile.passes.unwrap_steps import unwrap_steps
-from tests.passes.capture import capture, x
+from tests.passes.capture import capture, reroll_all, x
 
 
 def test_what_is_wrapped_is_itself():
@@ -29,3 +30,50 @@ def test_near_misses():
     captured = capture(f, x().detach())
     captured.check(unwrap_steps)
     assert captured.targets().count(torch.stack) == 3
+
+
+def _states(pack, unpack):
+    def function(a):
+        packed, out = pack(torch.zeros_like(a[0]), torch.ones_like(a[0])), []
+        for t in range(a.shape[0]):
+            v, i = unpack(packed)
+            i = 0.8 * i + a[t]
+            v = 0.9 * v + i
+            out.append(v)
+            packed = pack(v, i)
+        return torch.stack(out), packed
+
+    return function
+
+
+PACKED = {
+    "stack": _states(lambda v, i: torch.stack([v, i]), lambda p: p),
+    "stack along another dim": _states(lambda v, i: torch.stack([v, i], -1), lambda p: (p[..., 0], p.select(-1, 1))),
+    "cat": _states(lambda v, i: torch.cat([v, i], 1), lambda p: p.chunk(2, 1)),
+    "cat, split": _states(lambda v, i: torch.cat([v, i], -1), lambda p: p.split(5, dim=-1)),
+    "cat, sliced": _states(lambda v, i: torch.cat((v, i)), lambda p: (p[:3], p[3:])),
+    "cat, narrowed": _states(lambda v, i: torch.cat([i, v], 1), lambda p: (p.narrow(1, 5, 5), torch.narrow(p, 1, 0, 5))),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_states_handed_on_in_one_tensor(name):
+    captured = capture(PACKED[name], x())
+    assert captured.check(unwrap_steps) == 2 * 6
+    loops, _ = captured.check(reroll_all)
+    assert [len(loop.carries) for loop in loops] == [2]
+
+
+def test_other_parts_of_what_was_joined():
+    """Parts of pieces, of several pieces, along another dim, results, and views of what lies otherwise."""
+
+    def f(a):
+        joined, stacked = torch.cat([a[0] * 2.0, a[1] * 2.0], 1), torch.stack([a[0], a[1]], 1)
+        turned = torch.cat([a[2].t() * 2.0, a[3].t() * 2.0])
+        parts = joined[:, :4], joined[:, 1:6], joined[:2], stacked[:, :1], stacked[0], torch.cat([joined, joined])[0]
+        return (*(p - 1.0 for p in parts), joined[:, :5], turned[:5].t().reshape(-1) - 1.0, turned[:5].view(15) - 1.0)
+
+    captured = capture(f, x())
+    before = [len(captured.gm.graph.nodes), [o.stride() for o in captured.run()[0]]]
+    captured.check(unwrap_steps)
+    assert [o.stride() for o in captured.run()[0]] == before[1]
