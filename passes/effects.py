@@ -39,6 +39,18 @@ def is_grad_switch(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is torch._C._set_grad_enabled
 
 
+def without_gradients(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes between a switch of gradients off and the next one."""
+    found: set[fx.Node] = set()
+    is_off = False
+    for node in graph.nodes:
+        if is_grad_switch(node):
+            is_off = node.args[:1] == (False,)
+        elif is_off:
+            found.add(node)
+    return found
+
+
 def is_write(node: fx.Node) -> bool:
     """Whether the node writes into its first operand, or into what it is given as ``out=``."""
     if node.op == "call_method":

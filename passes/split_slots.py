@@ -15,7 +15,8 @@ Fires where the tensor is made in the graph, every use of it before the last wri
 one of several ranges that do not overlap, along one dim -, and some slot is written into twice or in part (else it is a record,
 `out[t] = s`).
 
-Does not fire: slots that are results beside the whole, views of slots, masks of the whole, numbers that vary.
+Does not fire: slots that are results beside the whole, views of slots, masks of the whole, numbers that vary, slots that are
+read without gradients and used with them.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ import operator
 import torch
 from torch import fx
 
-from snn_compile.ir.values import example, storage_key, wanting_grad
-from snn_compile.passes.effects import is_write, written
+from snn_compile.ir.values import example, shape_key, size_key, storage_key, wanting_grad
+from snn_compile.passes.effects import is_write, without_gradients, written
 from snn_compile.passes.emit import emit
 from snn_compile.passes.functionalize import is_alias
 from snn_compile.passes.hoist_creations import LIKE
@@ -51,6 +52,8 @@ def split_slots(graph: fx.Graph) -> int:
     changed = {storage_key(operand) for node in graph.nodes for operand in written(node)} - {None}
     made = [n for n in graph.nodes if n.op in ("call_function", "call_method") and storage_key(n) in changed and not is_alias(n)]
     found = [slots for node in made if (slots := _slots_of(node, touching[storage_key(node)])) is not None]
+    off = without_gradients(graph)
+    found = [s for s in found if all(off.issuperset(n.users) for n in s.aliases if n in off and not is_write(n))]
     for slots in found:
         slots.replace()
     return len(found)
@@ -175,7 +178,7 @@ def _take(slots: _Slots, user: fx.Node, is_behind: bool) -> Bounds | tuple[()] |
         # a value of it, or a write that gives nothing back
         return held[0] if all(w in slots.aliases for w in written(user)) else None
     first = user.args[0] if user.args else None
-    if not is_write(user) or first not in slots.aliases or example(user).shape != example(first).shape:  # type: ignore[union-attr]
+    if not is_write(user) or first not in slots.aliases or shape_key(example(user)) != shape_key(example(first)):  # type: ignore[arg-type]
         return None  # a view
     slots.aliases[user] = slots.aliases[first]  # type: ignore[index]
     return slots.aliases[user]  # type: ignore[index]
@@ -196,6 +199,7 @@ def _fits(store: fx.Node, part: Part) -> bool:
         return isinstance(value, (int, float, bool))
     whole, held = example(part.source), example(value)
     assert isinstance(whole, torch.Tensor)
+    if not isinstance(held, torch.Tensor) or held.device != whole.device:
+        return False
     length = () if part.is_step else (part.stop - part.start,)
-    shape = (*whole.shape[: part.dim], *length, *whole.shape[part.dim + 1 :])
-    return isinstance(held, torch.Tensor) and held.shape == shape and held.device == whole.device
+    return shape_key(held) == tuple(map(size_key, (*whole.shape[: part.dim], *length, *whole.shape[part.dim + 1 :])))

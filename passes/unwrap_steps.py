@@ -19,7 +19,7 @@ from torch import fx
 
 from snn_compile.ir.values import example, is_getitem, known_int, storage_key
 from snn_compile.passes.concatenations import pieces_of
-from snn_compile.passes.effects import memory_written, sweeping
+from snn_compile.passes.effects import memory_written, sweeping, without_gradients
 from snn_compile.passes.parts import Part, part_of
 
 _UNSQUEEZE = ("unsqueeze", torch.unsqueeze)
@@ -28,10 +28,11 @@ _UNSQUEEZE = ("unsqueeze", torch.unsqueeze)
 def unwrap_steps(gm: fx.GraphModule) -> int:
     """Rewrite `gm` in place; gives how many values were unwrapped."""
     changed = {key for n in gm.graph.nodes if n.op != "call_module" for key in memory_written(n)}
+    off = without_gradients(gm.graph)
     count = 0
     with sweeping(gm.graph):
         for node in list(gm.graph.nodes):
-            step = _unwrapped(node, changed)
+            step = _unwrapped(node, changed, off)
             if step is not None:
                 node.replace_all_uses_with(step)
                 gm.graph.erase_node(node)
@@ -39,10 +40,12 @@ def unwrap_steps(gm: fx.GraphModule) -> int:
     return count
 
 
-def _unwrapped(node: fx.Node, changed: set[int | None]) -> fx.Node | None:
-    """What `node` is, where that is a value taken out of its wrapping."""
+def _unwrapped(node: fx.Node, changed: set[int | None], off: set[fx.Node]) -> fx.Node | None:
+    """What `node` is, where that is a value taken out of its wrapping. `off`: nodes without gradients, whose values want none."""
     part = part_of(node)
     if part is None or not isinstance(example(part.source), torch.Tensor):
+        return None
+    if not off.isdisjoint((node, node.args[0], part.source)) and not off.issuperset(node.users):
         return None
     if part.is_step and part.dim == _new_dim(part.source):
         return part.source.args[0]  # type: ignore[return-value]

@@ -163,6 +163,24 @@ def test_a_program_means_what_it_says(part: int) -> None:
 
 #: Short forms of programs that were compiled wrongly; the names say what was.
 WRONG_ONCE = {
+    "what_was_joined_without_gradients_has_none": """
+    v, out = b.clone(), []
+    for t in range(len(x)):
+        v = v * 0.5 + x[t]
+        a = spike(v - 1.0)
+        with torch.no_grad():
+            u = torch.chunk(torch.cat([v, a], 1), 2, 1)[1]
+        out.append(u * k)
+    return [torch.stack(out), v]""",
+    "slots_written_without_gradients": """
+    slots, out = torch.full((2, *x.shape[1:]), 0.25, dtype=x.dtype), []
+    for t in range(len(x)):
+        with torch.no_grad():
+            slots[0] = x[t]
+        slots[1] = k * (slots[0] > 0.5) + slots[1]
+        slots[0] = slots[0] - slots[1] * 0.25
+        out.append(slots[0] * 1.0)
+    return [torch.stack(out)]""",
     "code_that_nobody_reads_had_an_operand_of_another_shape": """
     v1, v2, out = torch.zeros_like(x[0]), torch.zeros_like(x[0]), []
     for t in range(len(x)):

@@ -215,6 +215,15 @@ def a_view_of_a_slot(a, mem):
     mem[0].t()[0] += 1.0
 
 
+def a_slot_read_without_gradients(a, mem):
+    """(what eager says of it, where one is wanted, it says compiled)"""
+    mem[0] += a[0]
+    with torch.no_grad():
+        u = mem[0]
+    mem[1] = u * 2.0
+    mem[1] += a[1]
+
+
 def ranges_that_overlap(a, mem):
     mem[:, :2] += a[:2, :2]
     mem[:, 1:] += a[:2, 1:]
@@ -240,6 +249,7 @@ NEAR_MISSES = (
     slots_of_two_dims,
     a_whole_before_a_write,
     a_view_of_a_slot,
+    a_slot_read_without_gradients,
     ranges_that_overlap,
     a_row_of_what_was_computed,
     a_row_in_every_row,
