@@ -63,14 +63,17 @@ def _piece(part: Part) -> fx.Node | None:
         pieces, dim = join.args[0], join.args[1] if len(join.args) > 1 else join.kwargs.get("dim", 0)
         is_along = type(dim) is int and dim % example(join).dim() == part.dim  # type: ignore[union-attr]
         found = pieces[part.start] if part.is_step and is_along and isinstance(pieces, (list, tuple)) else None
-        return found if isinstance(found, fx.Node) else None
+        return found if isinstance(found, fx.Node) and example(found).dtype == example(join).dtype else None  # type: ignore[union-attr]
     joined = pieces_of(join)
     if joined is None or part.is_step or joined[1] != part.dim:
         return None
     values = [example(piece) for piece in joined[0]]
     if any(v.dim() != example(join).dim() or v.dtype != example(join).dtype for v in values):  # type: ignore[union-attr]
         return None
-    ends = itertools.accumulate((known_int(v.shape[part.dim]) or 0 for v in values), initial=0)  # type: ignore[union-attr]
+    sizes = [known_int(v.shape[part.dim]) for v in values]  # type: ignore[union-attr]
+    if None in sizes:
+        return None
+    ends = itertools.accumulate(sizes, initial=0)  # type: ignore[arg-type]
     same = [p for p, at in zip(joined[0], itertools.pairwise(ends), strict=True) if at == (part.start, part.stop)]
     return same[0] if len(same) == 1 else None
 
