@@ -249,7 +249,13 @@ def in_last_lanes(call: Call) -> float:
     return 2 if name == "sigmoid" else float(call.overload in extrema)
 
 
-@pytest.mark.parametrize("dtype", (*FLOATS, *INTEGERS, torch.bool), ids=lambda d: str(d).split(".")[1])
+def _in_one_process(dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    """All calls of a dtype are compiled together: by one of the processes that share the tests."""
+    name = str(dtype).split(".")[1]
+    return pytest.param(dtype, id=name, marks=pytest.mark.xdist_group(f"ops in {name}"))
+
+
+@pytest.mark.parametrize("dtype", [_in_one_process(d) for d in (*FLOATS, *INTEGERS, torch.bool)])
 @pytest.mark.parametrize("overload", (*TABLE, *CONSTANTS))
 def test_row_equals_eager(overload: str, dtype: torch.dtype) -> None:
     allowed = TABLE[overload].cpp_ulps if overload in TABLE else 0
