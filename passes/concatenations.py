@@ -48,6 +48,17 @@ def pieces_of(node: fx.Node) -> tuple[list[fx.Node], int] | None:
     return list(tensors), dim % whole.dim()
 
 
+def stack_of(node: fx.Node) -> tuple[list[object], int] | None:
+    """``torch.stack(values, dim)`` -> values, dim"""
+    if node.op != "call_function" or node.target is not torch.stack or "out" in node.kwargs:
+        return None
+    tensors = node.args[0] if node.args else node.kwargs.get("tensors")
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    if isinstance(tensors, (list, tuple)) and isinstance(dim, int):
+        return list(tensors), dim
+    return None
+
+
 def _flat(piece: fx.Node, dim: int, whole: fx.Node) -> list[fx.Node]:
     found = pieces_of(piece)
     if found is None or found[1] != dim or set(piece.users) != {whole} or example(piece).dtype != example(whole).dtype:

@@ -21,6 +21,8 @@ def drop_unread(call: fx.Node, loop: Loop) -> int:
     wanted = _wanted(loop)
     n, m = len(loop.carries), len(loop.xs)
     kept = [p in wanted or (n <= i < n + m and not isinstance(loop.length, int)) for i, p in enumerate(placeholders)]
+    if all(kept):
+        return 0
     loop.carries, loop.xs, loop.consts = (
         [spec for spec, keep in zip(specs, kept[start:], strict=False) if keep]
         for specs, start in ((loop.carries, 0), (loop.xs, n), (loop.consts, n + m))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch import fx
 
 from snn_compile.ir.values import example, known_int
@@ -47,7 +46,7 @@ def index_steps(gm: fx.GraphModule) -> int:
 def _was_joined(source: fx.Node, dim: int, width: int) -> bool:
     """``cat([v, i], 1)``: what `unwrap_steps` has left of it is taken apart behind `functionalize`."""
     joined = pieces_of(source)
-    return joined is not None and joined[1] == dim and all(example(p).shape[dim] == width for p in joined[0])  # type: ignore[union-attr]
+    return joined is not None and joined[1] == dim and all(known_int(example(p).shape[dim]) == width for p in joined[0])  # type: ignore[union-attr]
 
 
 def index_stores(gm: fx.GraphModule) -> int:
@@ -75,7 +74,7 @@ def index_stores(gm: fx.GraphModule) -> int:
 
 def _step(part: Part | None) -> tuple[int, int, int] | None:
     """``(dim, t, width)`` of ``x[:, t*width : (t + 1)*width]``"""
-    if part is None or part.is_step or not isinstance(example(part.source), torch.Tensor):
+    if part is None or part.is_step:
         return None
     width, size = part.stop - part.start, known_int(example(part.source).shape[part.dim])  # type: ignore[union-attr]
     is_step = size is not None and width > 0 and part.start % width == 0 and (width == 1 or (width < size and size % width == 0))

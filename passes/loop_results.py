@@ -10,18 +10,8 @@ from torch import fx
 from snn_compile.errors import VerificationError
 from snn_compile.ir.loop import LoopOutput
 from snn_compile.ir.values import example
+from snn_compile.passes.concatenations import stack_of
 from snn_compile.passes.loop_window import Window
-
-
-def stack_of(node: fx.Node) -> tuple[list[object], int] | None:
-    """``torch.stack(values, dim)`` -> values, dim"""
-    if node.op != "call_function" or node.target is not torch.stack or "out" in node.kwargs:
-        return None
-    tensors = node.args[0] if node.args else node.kwargs.get("tensors")
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    if isinstance(tensors, (list, tuple)) and isinstance(dim, int):
-        return list(tensors), dim
-    return None
 
 
 def stacked_example(y: LoopOutput, count: int | torch.SymInt) -> torch.Tensor:

@@ -51,11 +51,11 @@ def _part(source: fx.Node, value: torch.Tensor, dim: object, start: object, leng
     if type(dim) is not int or type(start) is not int or type(length) not in (int, type(None)):
         return None
     size = known_int(value.shape[dim])
-    start = start + size if start < 0 and size is not None else start
+    if size is None:
+        return None
+    start += size if start < 0 else 0
     stop = start + (1 if length is None else length)  # type: ignore[operator]
-    return (
-        Part(source, dim % value.dim(), start, stop, length is None) if size is not None and 0 <= start <= stop <= size else None
-    )
+    return Part(source, dim % value.dim(), start, stop, length is None) if 0 <= start <= stop <= size else None
 
 
 def indexed(source: object, index: object) -> Part | None:

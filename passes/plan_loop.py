@@ -8,9 +8,9 @@ from torch import fx
 from snn_compile.errors import Reject
 from snn_compile.ir.loop import Loop, LoopCarry, LoopConst, LoopOutput
 from snn_compile.ir.values import base_name, example, user_location, value_name
+from snn_compile.passes.concatenations import stack_of
 from snn_compile.passes.loop_body import LoopBody
 from snn_compile.passes.loop_operands import series_name
-from snn_compile.passes.loop_results import stack_of
 from snn_compile.passes.loop_window import Window
 
 

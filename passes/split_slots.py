@@ -96,10 +96,7 @@ class _Slots:
     def _written_into(self, at: Bounds) -> list[object]:
         """Examples of what is written into a slot, and of what is written into where it is written into in part."""
         whole = [example(n.args[2]) for n, slot in self.stores.items() if slot == at]
-        return [*whole, *(example(n) for n, slot in self.aliases.items() if slot == at and self._is_written(n))]
-
-    def _is_written(self, alias: fx.Node) -> bool:
-        return is_write(alias) or any(alias in written(user) for user in alias.users)
+        return [*whole, *(example(n) for n, slot in self.aliases.items() if slot == at and _is_written(n))]
 
     def replace(self) -> None:
         graph, bounds = self.node.graph, self.bounds()
@@ -128,6 +125,10 @@ class _Slots:
                 joined = emit(graph, "call_function", join, (list(slots.values()), self.dim), {})
             for node in self.whole:
                 node.replace_input_with(self.node, joined)
+
+
+def _is_written(alias: fx.Node) -> bool:
+    return is_write(alias) or any(alias in written(user) for user in alias.users)
 
 
 def _slots_of(node: fx.Node, touching: list[fx.Node]) -> _Slots | None:

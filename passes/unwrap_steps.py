@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from snn_compile.ir.values import example, is_getitem, known_int, storage_key
-from snn_compile.passes.concatenations import pieces_of
+from snn_compile.passes.concatenations import pieces_of, stack_of
 from snn_compile.passes.effects import memory_written, sweeping, without_gradients
 from snn_compile.passes.parts import Part, part_of
 
@@ -43,7 +43,7 @@ def unwrap_steps(gm: fx.GraphModule) -> int:
 def _unwrapped(node: fx.Node, changed: set[int | None], off: set[fx.Node]) -> fx.Node | None:
     """What `node` is, where that is a value taken out of its wrapping. `off`: nodes without gradients, whose values want none."""
     part = part_of(node)
-    if part is None or not isinstance(example(part.source), torch.Tensor):
+    if part is None:
         return None
     if not off.isdisjoint((node, node.args[0], part.source)) and not off.issuperset(node.users):
         return None
@@ -58,24 +58,24 @@ def _unwrapped(node: fx.Node, changed: set[int | None], off: set[fx.Node]) -> fx
 
 def _piece(part: Part) -> fx.Node | None:
     """The tensor that the part of a stack, or of a concatenation, was."""
-    join = part.source
-    if join.target is torch.stack:
-        pieces, dim = join.args[0], join.args[1] if len(join.args) > 1 else join.kwargs.get("dim", 0)
-        is_along = type(dim) is int and dim % example(join).dim() == part.dim  # type: ignore[union-attr]
-        found = pieces[part.start] if part.is_step and is_along and isinstance(pieces, (list, tuple)) else None
-        return found if isinstance(found, fx.Node) and example(found).dtype == example(join).dtype else None  # type: ignore[union-attr]
-    joined = pieces_of(join)
-    if joined is None or part.is_step or joined[1] != part.dim:
+    whole = example(part.source)
+    assert isinstance(whole, torch.Tensor)
+    joined = stack_of(part.source) if part.is_step else pieces_of(part.source)
+    if joined is None or joined[1] % whole.dim() != part.dim:
         return None
-    values = [example(piece) for piece in joined[0]]
-    if any(v.dim() != example(join).dim() or v.dtype != example(join).dtype for v in values):  # type: ignore[union-attr]
-        return None
-    sizes = [known_int(v.shape[part.dim]) for v in values]  # type: ignore[union-attr]
-    if None in sizes:
-        return None
-    ends = itertools.accumulate(sizes, initial=0)  # type: ignore[arg-type]
-    same = [p for p, at in zip(joined[0], itertools.pairwise(ends), strict=True) if at == (part.start, part.stop)]
-    return same[0] if len(same) == 1 else None
+    pieces, values = joined[0], [example(piece) for piece in joined[0]]
+    if part.is_step:
+        found = [part.start]
+    else:
+        if any(v.dim() != whole.dim() or v.dtype != whole.dtype for v in values):  # type: ignore[union-attr]
+            return None
+        sizes = [known_int(v.shape[part.dim]) for v in values]  # type: ignore[union-attr]
+        if None in sizes:
+            return None
+        ends = itertools.accumulate(sizes, initial=0)  # type: ignore[arg-type]
+        found = [i for i, at in enumerate(itertools.pairwise(ends)) if at == (part.start, part.stop)]
+    is_same = len(found) == 1 and values[found[0]].dtype == whole.dtype  # type: ignore[union-attr]
+    return pieces[found[0]] if is_same else None  # type: ignore[return-value]
 
 
 def _new_dim(node: fx.Node) -> int | None:
