@@ -31,7 +31,7 @@ def normalize_concatenations(graph: fx.Graph) -> None:
                 _replace(graph, node, torch.cat, pieces, dim)
     for node in list(graph.nodes):
         if (found := pieces_of(node)) is not None:
-            inner = [_unsqueezed(p, found[1]) for p in found[0]]
+            inner = [unsqueezed(p, found[1]) for p in found[0]]
             if all(i is not None for i in inner):
                 _replace(graph, node, torch.stack, inner, found[1])
 
@@ -84,17 +84,29 @@ def _replace(graph: fx.Graph, node: fx.Node, target: object, pieces: Sequence[ob
             graph.erase_node(old)
 
 
-def _unsqueezed(node: object, dim: int) -> fx.Node | None:
-    """``a`` where ``node`` is ``a.unsqueeze(dim)`` (or ``a[None]``, for dim 0), or a clone of that for this use alone."""
+def unsqueezed(node: object, dim: int) -> fx.Node | None:
+    """``a`` where ``node`` is ``a.unsqueeze(dim)`` (or ``a[None]``, ``a[..., None]``), or a clone of that for this use alone."""
     if not isinstance(node, fx.Node):
         return None
     if node.target in ("clone", torch.clone) and len(node.users) == 1:
-        return _unsqueezed(node.args[0], dim)
-    if is_getitem(node) and node.args[1] in (None, (None,)) and dim == 0:
-        return node.args[0]  # type: ignore[return-value]
+        return unsqueezed(node.args[0], dim)
+    if is_getitem(node):
+        return node.args[0] if _new_dim(node.args[1], example(node)) == dim else None  # type: ignore[return-value]
     named = node.target == "unsqueeze" if node.op == "call_method" else node.target is torch.unsqueeze
     at = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     value = example(node)
     if named and isinstance(at, int) and isinstance(value, torch.Tensor) and at % value.dim() == dim:
         return node.args[0]  # type: ignore[return-value]
     return None
+
+
+def _new_dim(index: object, value: object) -> int | None:
+    """The dim that ``a[None]``, ``a[:, None]`` or ``a[..., None]`` adds, and nothing else."""
+    entries = list(index) if isinstance(index, tuple) else [index]
+    if sum(i is None for i in entries) != 1 or not isinstance(value, torch.Tensor):
+        return None
+    at = entries.index(None)
+    rest = entries[:at] + entries[at + 1 :]
+    if any(i is not Ellipsis and i != slice(None) for i in rest):
+        return None
+    return at if Ellipsis not in entries[:at] else value.dim() - len(entries[at:])

@@ -4,12 +4,13 @@
     out[0] = s0                             out_1 = store(out, 0, s0)
     acc += s0                     ->        acc_1 = acc + s0               also of `acc.to(x.device)`, where it is there already
     v[spiked] = 0.0                         v_1 = v.masked_fill(spiked, 0.0)
+    select_scatter(out, s0, 0, 0)           store(out, 0, s0)
 
 A write is rewritten only where the tensor was made in this graph (it shares no storage with an input), the write goes to
 the tensor itself and not through a view or ``out=``, and no view of it made earlier is read later: then every later use can
-be given the new value and nobody can see the difference. What was written is read back without memory (``out[t-1]`` after
-``out[t-1] = s`` is ``s``). All other writes stay as they are. The forward of an
-`autograd.Function` is a graph of its own: ``out = zeros_like(u); out[u > 0] = 1`` is rewritten there.
+be given the new value and nobody can see the difference. (What was written is read back without memory by
+`passes/unwrap_steps`.) All other writes stay as they are. The forward of an `autograd.Function` is a graph of its own:
+``out = zeros_like(u); out[u > 0] = 1`` is rewritten there.
 
 Does not fire: writes into inputs (running statistics), through views, under ``out=``; in `no_grad` regions that are none after
 `passes/no_grad_regions`.
@@ -29,7 +30,6 @@ from snn_compile.passes.concatenations import normalize_concatenations
 from snn_compile.passes.effects import INPLACE_OPERATORS, is_write, written
 from snn_compile.passes.emit import copy_of, emit
 from snn_compile.passes.no_grad_regions import detach_no_grad_regions
-from snn_compile.passes.parts import indexed
 from snn_compile.passes.reshapes_in_place import date_example, nodes_reshaped
 
 #: In a node's meta: it is what a write has become, a new value. (Its example lies in the memory that was written into.)
@@ -49,8 +49,8 @@ def functionalize(gm: fx.GraphModule) -> fx.GraphModule:
     _drop_idle_conversions(gm.graph)
     detach_no_grad_regions(gm)
     _rewrite_forwards(gm)
+    _name_stores(gm.graph)
     _replace_writes(gm.graph)
-    _drop_overwritten(gm.graph)
     normalize_concatenations(gm.graph)
     return gm
 
@@ -86,6 +86,8 @@ def _drop_idle_conversions(graph: fx.Graph) -> None:
 
 # --------------------------------------------------------------------------------------------------------------- writes
 
+_SCATTER = ("select_scatter", torch.select_scatter)
+
 
 def _rewrite_forwards(gm: fx.GraphModule) -> None:
     """A surrogate that fills in its spikes, ``out = zeros_like(u); out[u > 0] = 1``, in a copy of its body."""
@@ -97,6 +99,23 @@ def _rewrite_forwards(gm: fx.GraphModule) -> None:
             _replace_writes(forward.graph)
             forward.recompile()
             setattr(gm, name, forward)
+
+
+def _name_stores(graph: fx.Graph) -> None:
+    """``select_scatter(b, s, 1, t) -> store(b, (slice(None), t), s)``, where `b` is no input, whose memory a store may take."""
+    inputs = {storage_key(n) for n in graph.nodes if n.op in ("placeholder", "get_attr")}
+    for node in list(graph.nodes):
+        if node.target not in _SCATTER or len(node.args) != 4 or storage_key(node.args[0]) in inputs:
+            continue
+        buffer, value, dim, at = node.args
+        held = example(buffer)
+        if isinstance(held, torch.Tensor) and type(dim) is int and type(at) is int:
+            dim %= held.dim()
+            with graph.inserting_before(node):
+                new = graph.call_function(store, (buffer, (*[slice(None)] * dim, at) if dim else at, value))
+            new.meta = dict(node.meta)
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
 
 
 def _replace_writes(graph: fx.Graph) -> None:
@@ -116,9 +135,6 @@ def _replace_writes(graph: fx.Graph) -> None:
             node.kwargs = fx.node.map_arg(node.kwargs, lambda n: current.get(n, n))
         if node in reshaped and local.get(memory[node]):
             date_example(node)
-        if is_getitem(node) and _forward_stored(node):
-            graph.erase_node(node)
-            continue
         if not is_write(node) or not node.args or not isinstance(node.args[0], fx.Node):
             continue
         target = node.args[0]
@@ -141,18 +157,6 @@ def _replace_writes(graph: fx.Graph) -> None:
         current[node] = new
         node.replace_all_uses_with(new)
         graph.erase_node(node)
-
-
-def _drop_overwritten(graph: fx.Graph) -> None:
-    """``store(store(b, t, a), t, s) -> store(b, t, s)``: what was read back in between has been forwarded."""
-    for node in graph.nodes:
-        if node.target is not store:
-            continue
-        buffer = node.args[0]
-        while buffer.target is store and buffer.args[1] == node.args[1] and set(buffer.users) == {node}:
-            node.update_arg(0, buffer.args[0])
-            graph.erase_node(buffer)
-            buffer = node.args[0]
 
 
 def _requires_grad(node: fx.Node) -> bool:
@@ -287,28 +291,3 @@ def _functional_setitem(graph: fx.Graph, target: fx.Node, index: object, value: 
     if any(True for _ in flat_nodes(index)):
         return None
     return graph.call_function(store, (target, index, value))
-
-
-def _forward_stored(node: fx.Node) -> bool:
-    """``store(b, t, s)[t] -> s``, where dtype and shape show that nothing was converted."""
-    source, wanted = node.args[0], _slice_of(node.args[0], node.args[1])
-    while wanted is not None and isinstance(source, fx.Node) and source.target is store:
-        buffer, index, value = source.args
-        written = _slice_of(buffer, index)
-        if written is None or written[0] != wanted[0]:
-            return False
-        if written == wanted:
-            was, now = example(value), example(node)
-            same = isinstance(was, torch.Tensor) and isinstance(now, torch.Tensor)
-            if same and was.dtype == now.dtype and was.shape == now.shape:
-                node.replace_all_uses_with(value)  # type: ignore[arg-type]
-                return True
-            return False
-        source = buffer
-    return False
-
-
-def _slice_of(buffer: object, index: object) -> tuple[int, int] | None:
-    """``b[t]``, ``b[:, t]``, ``b[..., t]`` -> the dim of t, and t; None for all else."""
-    part = indexed(buffer, index)
-    return (part.dim, part.start) if part is not None and part.is_step else None

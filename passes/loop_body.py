@@ -41,6 +41,8 @@ class Carry:
     back: int
     init: object
     placeholder: fx.Node
+    #: the carry that hands over to this one; None where that is the value itself
+    younger: fx.Node | None = None
 
 
 class LoopBody:
@@ -53,6 +55,7 @@ class LoopBody:
         self.root: dict[str, torch.nn.Module] = {}
         #: the value of each node of the iteration, by residue
         self.values: dict[int, fx.Node] = {}
+        #: by residue, `back`, and the initial values of the chain up to there
         self.carries: dict[tuple[int, int, object], Carry] = {}
         self.inputs: list[tuple[LoopInput, Source, fx.Node]] = []
         self.consts: dict[fx.Node, fx.Node] = {}
@@ -273,34 +276,29 @@ class LoopBody:
     def _carry(self, residue: int, slot: int, producer: int, back: int) -> fx.Node:
         """The placeholder of the value that `producer` made `back` iterations ago."""
         node: fx.Node | None = None
-        source = self.window.node(producer, self.window.template)
+        source, inits = self.window.node(producer, self.window.template), ()
         # a chain: the carry `back` steps old hands over to the one `back + 1` steps old
         for distance in range(1, back + 1):
             t = back - distance
             init = self.window.leaves(residue, t)[slot]
-            key = (producer, distance, init if isinstance(init, fx.Node) else repr(init))
+            inits = (*inits, init if isinstance(init, fx.Node) else repr(init))
+            key = (producer, distance, inits)
             _check_init(init, source, self.window.node(residue, t), self.window.leaves(residue, t), slot)
             if key not in self.carries:
                 meta = self.window.meta(producer)
                 meta["example_value"] = wanting_grad(meta["example_value"], [example(init)])
                 placeholder = self._placeholder(f"carry_{value_name(source)}", meta)
-                self.carries[key] = Carry(producer, distance, init, placeholder)
+                self.carries[key] = Carry(producer, distance, init, placeholder, younger=node)
             node = self.carries[key].placeholder
         assert node is not None
         return node
 
     def _next_carries(self) -> Iterator[fx.Node]:
         """The producer's value, or for an older one the carry before it in the chain."""
-        for producer, distance, _ in self.carries:
-            if producer in self.stores:
+        for carry in self.carries.values():
+            if carry.residue in self.stores:
                 raise Reject("a buffer that is written step by step is also read as a whole inside the loop")
-            if distance == 1:
-                yield self.values[producer]
-                continue
-            younger = [c for c in self.carries.values() if (c.residue, c.back) == (producer, distance - 1)]
-            if len(younger) != 1:
-                raise Reject("a value from several steps ago starts from more than one initial value")
-            yield younger[0].placeholder
+            yield self.values[carry.residue] if carry.younger is None else carry.younger
 
     def add_carry(self, residue: int) -> Carry:
         """Of a value that no later iteration reads: its last one is wanted."""

@@ -2,6 +2,7 @@
 
     a.unsqueeze(0)[0]  ->  a          a[None].unbind(0)[0]  ->  a          stack([a, b])[1]  ->  b
     state = cat([v, i], 1); v, i = state.chunk(2, 1)  ->  v, i             stack([v, i], -1)[..., 0]  ->  v
+    store(b, t, s)[t]  ->  s                                               store(store(b, t, a), t, s)  ->  store(b, t, s)
 
 A layer for all steps that is called with one, states that are handed on in one tensor, or an op that `decompose` has inlined,
 leave such pairs in the path of a state, where no kernel can hold them.
@@ -12,14 +13,14 @@ that shows; parts that are results.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import fx
 
-from snn_compile.ir.values import example, is_getitem, known_int, storage_key
-from snn_compile.passes.concatenations import pieces_of, stack_of
+from snn_compile.ir.values import example, is_getitem, storage_key
+from snn_compile.passes.concatenations import pieces_of
+from snn_compile.passes.contents import Content, contents, whole
 from snn_compile.passes.effects import memory_written, sweeping, without_gradients
+from snn_compile.passes.functionalize import store
 from snn_compile.passes.parts import Part, part_of
 
 _UNSQUEEZE = ("unsqueeze", torch.unsqueeze)
@@ -37,6 +38,7 @@ def unwrap_steps(gm: fx.GraphModule) -> int:
                 node.replace_all_uses_with(step)
                 gm.graph.erase_node(node)
                 count += 1
+    _drop_overwritten(gm.graph)
     return count
 
 
@@ -57,25 +59,31 @@ def _unwrapped(node: fx.Node, changed: set[int | None], off: set[fx.Node]) -> fx
 
 
 def _piece(part: Part) -> fx.Node | None:
-    """The tensor that the part of a stack, or of a concatenation, was."""
-    whole = example(part.source)
-    assert isinstance(whole, torch.Tensor)
-    joined = stack_of(part.source) if part.is_step else pieces_of(part.source)
-    if joined is None or joined[1] % whole.dim() != part.dim:
-        return None
-    pieces, values = joined[0], [example(piece) for piece in joined[0]]
-    if part.is_step:
-        found = [part.start]
-    else:
-        if any(v.dim() != whole.dim() or v.dtype != whole.dtype for v in values):  # type: ignore[union-attr]
+    """The tensor that the part of a stack or of a concatenation was, or what was stored there last."""
+    found = Content(part.source, part.start, part.stop)
+    while _is_joined(found.node) and len(inner := contents(found, part.dim)) == 1:
+        found = inner[0]
+        if found.is_step or (not part.is_step and found == whole(found.node, part.dim)):
+            return found.node if found.is_step == part.is_step else None
+        if found.node.target is not store:
             return None
-        sizes = [known_int(v.shape[part.dim]) for v in values]  # type: ignore[union-attr]
-        if None in sizes:
-            return None
-        ends = itertools.accumulate(sizes, initial=0)  # type: ignore[arg-type]
-        found = [i for i, at in enumerate(itertools.pairwise(ends)) if at == (part.start, part.stop)]
-    is_same = len(found) == 1 and values[found[0]].dtype == whole.dtype  # type: ignore[union-attr]
-    return pieces[found[0]] if is_same else None  # type: ignore[return-value]
+    return None
+
+
+def _is_joined(node: fx.Node) -> bool:
+    return node.target is store or node.target is torch.stack or pieces_of(node) is not None
+
+
+def _drop_overwritten(graph: fx.Graph) -> None:
+    """``store(store(b, t, a), t, s) -> store(b, t, s)``: what was read back in between is `a` itself."""
+    for node in graph.nodes:
+        if node.target is not store:
+            continue
+        buffer = node.args[0]
+        while buffer.target is store and buffer.args[1] == node.args[1] and set(buffer.users) == {node}:
+            node.update_arg(0, buffer.args[0])
+            graph.erase_node(buffer)
+            buffer = node.args[0]
 
 
 def _new_dim(node: fx.Node) -> int | None:

@@ -38,6 +38,7 @@ from snn_compile.passes.chunk_time import chunk_length, chunk_time
 from snn_compile.passes.classify import OpInfo, classify
 from snn_compile.passes.convolutions_at_one_position import replace_convolutions_at_one_position
 from snn_compile.passes.decompose import decompose
+from snn_compile.passes.delay_lines import delay_lines
 from snn_compile.passes.distribute import distribute, find_groups
 from snn_compile.passes.emit import delete_unused_children
 from snn_compile.passes.fold_batch_norm import fold_batch_norm
@@ -165,6 +166,7 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     index_steps(work)
     functionalize(work)
     unwrap_steps(work)  # (what was written into before)
+    delay_lines(work)
     name_results(work.graph)
     index_stores(work)
     hoist_creations(work)

@@ -1,4 +1,4 @@
-"""Random time loops as Python source: states that alias, writes in place, layers, delays, steps that differ, two loops in a row.
+"""Random time loops as Python source: states that alias, writes in place, layers, delay lines, steps that differ, loops in a row.
 
 `tests/random_steps` draws what a step computes; this draws how a loop is written. A program is text, so that what fails can be
 read, shortened and run by itself. Used by `tests/test_random_programs.py`.
@@ -130,6 +130,15 @@ PACKED = (
     ("{p} = torch.cat([{a}, {b}], -1)", "{a}, {b} = {p}.split(x.shape[-1], -1)"),
     ("{p} = 1.0 * torch.cat([{a}, {b}], -1)", "{a}, {b} = {p}.chunk(2, -1)"),
 )
+LINE = "3, *x.shape[1:]"
+MOVES = (
+    "{d} = torch.cat([{a}[None], {d}[:-1]])",
+    "{d} = torch.cat([{d}[1:], {a}.unsqueeze(0)])",
+    "{d} = torch.roll({d}, 1, 0); {d}[0] = {a}",
+    "{d} = {d}.roll(-1, 0); {d}[-1].copy_({a})",
+    "{d}[1:] = {d}[:-1].clone(); {d}[0] = {a}",
+    "{d} = torch.roll({d}, 2, dims=0).select_scatter({a}, 0, 1)",
+)
 CONDITIONS = ("if t == 0:", "if t > 0:", "if t % 2 == 0:", "if t < T - 1:", "with torch.no_grad():", "with torch.enable_grad():")
 RESULTS = (
     "torch.stack({s})",
@@ -187,6 +196,9 @@ class _Writer:
         for v in starts:
             self.line(f"{v} = {starts[v]}")
         self.line(packed[0])
+        line = self.name("line") if rng.random() < 0.2 else ""
+        if line:
+            self.line(f"{line} = {rng.choice(('x.new_zeros({s})', 'torch.zeros({s}, dtype=x.dtype)')).format(s=LINE)}")
         collected = [self.name("out") for _ in range(rng.choice((1, 1, 2)))]
         for out in collected:
             self.line(f"{out} = []")
@@ -202,6 +214,8 @@ class _Writer:
                 self.line(f"if {v} is None:")
                 self.line(f"    {v} = {rng.choice(STARTS[:5])}")
         usable = list(states)
+        if line:
+            usable += [f"{line}[{rng.randrange(-2, 2)}]" for _ in range(rng.randint(1, 2))]
         if source is not None:
             usable.append(f"{source}[t]")
         for _ in range(rng.randint(2, 7)):
@@ -213,9 +227,11 @@ class _Writer:
         for out in collected:
             self.line(f"{out}.append({rng.choice(usable)})")
         self.line(packed[0])
+        if line:
+            self.line(rng.choice(MOVES).format(d=line, a=rng.choice(usable)))
         self.depth -= 1
         self.series += collected
-        self.states = [*states, *{v.partition("[")[0] for v in states if v.endswith("]")}]
+        self.states = [*states, *[line] * bool(line), *{v.partition("[")[0] for v in states if v.endswith("]")}]
 
     def slots(self, count: int) -> list[str]:
         """Names of states that are parts of one tensor, along its first or second dim."""

@@ -1259,3 +1259,45 @@ def state_wrapped_into_a_series_of_one_step(x):
         (y,) = torch.stack([s])[None][0].unbind(0)
         out.append(y)
     return torch.stack(out)
+
+
+@case()
+def delays_that_start_from_values_of_their_own(x):
+    v, out = torch.zeros_like(x[0]), []
+    spikes, currents = [x[0] * 0.5, x[1] * 0.0, x[2]], [x[1], x[0]]
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t] - 0.5 * spikes[0] + 0.25 * spikes[1] + 0.5 * currents[0])
+        spikes, currents = [*spikes[1:], s], [*currents[1:], v]
+        out.append(s)
+    return torch.stack(out)
+
+
+@case()
+def delay_line_moved_as_one_tensor(x):
+    """With taps, and with what is left of it behind the last step."""
+    v, line, out = torch.zeros_like(x[0]), torch.zeros(3, *x.shape[1:], dtype=x.dtype), []
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t] - 0.5 * line[-1] + 0.25 * line[0])
+        line = torch.cat([s[None], line[:-1]])
+        out.append(s)
+    return torch.stack(out), line
+
+
+@case()
+def delay_line_rolled_along_the_last_dim(x):
+    v, line, out = torch.zeros_like(x[0]), torch.zeros(*x.shape[1:], 3, dtype=x.dtype), []
+    for t in range(x.shape[0]):
+        line = torch.roll(line, 1, -1)
+        line[..., 0] = x[t]
+        v, s = _step(v, line[..., -1])
+        out.append(s)
+    return torch.stack(out)
+
+
+@case()
+def record_by_select_scatter(x):
+    v, out = torch.zeros_like(x[0]), torch.zeros_like(x)
+    for t in range(x.shape[0]):
+        v, s = _step(v, x[t])
+        out = torch.select_scatter(out, s, 0, t)
+    return out

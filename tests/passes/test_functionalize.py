@@ -256,6 +256,10 @@ def near_miss_write_through_a_view(a):
     return buffer.sum()
 
 
+def near_miss_scatter_into_the_input(a):
+    return torch.select_scatter(a, a[0], 0, 1), a * 2.0
+
+
 def near_miss_no_grad_region_that_writes(a):
     count = torch.zeros(3, 5)
     with torch.no_grad():
@@ -268,6 +272,7 @@ def test_near_misses_keep_their_meaning():
         near_miss_view_read_after_a_write,
         near_miss_write_through_a_view,
         near_miss_no_grad_region_that_writes,
+        near_miss_scatter_into_the_input,
     ):
         capture(function, x()).check(functionalize)
     captured = capture(near_miss_write_into_the_input, x().detach())
@@ -275,17 +280,17 @@ def test_near_misses_keep_their_meaning():
     assert store not in captured.targets(), "the caller's tensor must change"
 
 
-def test_a_value_that_is_written_over_is_dropped():
-    def f(x):
-        v = torch.zeros(x.shape[0] + 1, *x.shape[1:])
-        for t in range(x.shape[0]):
-            v[t + 1] = v[t] * 0.5 + x[t]
-            v[t + 1] = v[t + 1] * (v[t + 1] < 1)
-        return v
+@pytest.mark.parametrize("dim", (0, 1, -1))
+def test_a_scatter_is_a_store(dim):
+    def f(a):
+        out = torch.zeros_like(a)
+        for t in range(a.shape[dim]):
+            out = torch.select_scatter(out, a.select(dim, t) * 2.0, dim, t)
+        return out.select_scatter(a.select(dim, 0), dim, -1)
 
-    captured = capture(f, x(5, 3).detach())
+    captured = capture(f, x())
     captured.check(functionalize)
-    assert sum(n.target is store for n in captured.gm.graph.nodes) == 5
+    assert captured.targets().count(store) == x().shape[dim] + 1 and torch.select_scatter not in captured.targets()
 
 
 def test_a_value_that_is_read_before_it_is_written_over_stays():

@@ -1,6 +1,9 @@
+import operator
+
 import pytest
 import torch
 
+from snn_compile.passes.functionalize import functionalize, store
 from snn_compile.passes.unwrap_steps import unwrap_steps
 from tests.passes.capture import capture, reroll_all, x
 
@@ -78,3 +81,50 @@ def test_other_parts_of_what_was_joined():
     before = [(o.stride(), o.dtype) for o in captured.run()[0]]
     captured.check(unwrap_steps)
     assert [(o.stride(), o.dtype) for o in captured.run()[0]] == before
+
+
+def test_a_value_that_is_written_over_is_dropped():
+    def f(x):
+        v = torch.zeros(x.shape[0] + 1, *x.shape[1:])
+        for t in range(x.shape[0]):
+            v[t + 1] = v[t] * 0.5 + x[t]
+            v[t + 1] = v[t + 1] * (v[t + 1] < 1)
+        return v
+
+    captured = capture(f, x(5, 3).detach())
+    captured.check(functionalize)
+    captured.check(unwrap_steps)
+    assert sum(n.target is store for n in captured.gm.graph.nodes) == 5
+
+
+def test_what_is_stored_is_read_back():
+    def f(a):
+        out, rest = torch.zeros_like(a), torch.zeros(5, 6, 3)
+        out[0] = a[0] * 2.0
+        rest[:, 0] = out[0].t()
+        for t in range(1, a.shape[0]):
+            out[t] = 0.25 if t == 3 else out[t - 1] + a[t]
+            rest[:, t] = (out[t - 1] * rest[:, t - 1].t()).t()
+        return out, rest
+
+    captured = capture(f, x().detach())
+    captured.check(functionalize)
+    reads = captured.targets().count(operator.getitem)
+    assert captured.check(unwrap_steps) == 8 + 5  # (`out[3]` is a number)
+    assert captured.targets().count(operator.getitem) == reads - 13
+
+
+def test_a_view_that_was_stored_is_not_what_it_was():
+    """The store has its value of then. (Writes through views stay writes.)"""
+
+    def f(a):
+        out, kept = torch.zeros_like(a), a[0] * 1.0
+        for t in range(a.shape[0]):
+            out[t] = kept
+            kept.view(-1).add_(1.0)
+            kept = kept * out[t]
+        return out
+
+    captured = capture(f, x().detach())
+    captured.check(functionalize)
+    assert captured.check(unwrap_steps) == 0
