@@ -30,13 +30,21 @@ class Content:
     is_step: bool = False
 
 
-def contents(of: Content, dim: int) -> list[Content]:
+#: What nodes hold along a dim, while a graph is not rewritten.
+Known = dict[tuple[fx.Node, int], list[Content]]
+
+
+def contents(of: Content, dim: int, known: Known | None = None) -> list[Content]:
     """What lies in ``of``; nothing where that is not known."""
-    value = example(of.node)
-    if of.is_step or not isinstance(value, torch.Tensor) or known_int(value.shape[dim]) is None:
+    if of.is_step:
         return []
+    known, key = {} if known is None else known, (of.node, dim)
+    if key not in known:
+        value = example(of.node)
+        is_known = isinstance(value, torch.Tensor) and known_int(value.shape[dim]) is not None
+        known[key] = next(filter(None, (form(of.node, value, dim) for form in _FORMS)), []) if is_known else []  # type: ignore[arg-type]
     found, at = [], 0
-    for inner in next(filter(None, (form(of.node, value, dim) for form in _FORMS)), []):
+    for inner in known[key]:
         size = inner.stop - inner.start
         start, stop = max(of.start - at, 0), min(of.stop - at, size)
         if start < stop:
@@ -95,7 +103,7 @@ def _of_roll(node: fx.Node, value: torch.Tensor, dim: int) -> list[Content]:
     if rolled is None or rolled[0] != dim:
         return []
     source, size = node.args[0], known_int(value.shape[dim])
-    at = size - rolled[1] % size  # type: ignore[operator]
+    at = size - rolled[1] % max(size, 1)  # type: ignore[operator, type-var]
     return [c for c in (Content(source, at, size), Content(source, 0, at)) if c.start < c.stop]  # type: ignore[arg-type]
 
 

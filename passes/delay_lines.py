@@ -18,14 +18,14 @@ is moved once, `cat([zeros[None], x[:-1]])`, which is a series.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import fx
 
 from snn_compile.ir.values import example, storage_key
 from snn_compile.passes.concatenations import normalize_concatenations
-from snn_compile.passes.contents import CLONE, ROLL, Content, contents, join_dim, whole
+from snn_compile.passes.contents import CLONE, ROLL, Content, Known, contents, join_dim, whole
 from snn_compile.passes.effects import memory_written, sweeping, without_gradients
 from snn_compile.passes.emit import emit
 from snn_compile.passes.parts import part_of
@@ -52,6 +52,8 @@ class _Lines:
         self.changed = {key for n in graph.nodes if n.op != "call_module" for key in memory_written(n)} - {None}
         self.off = without_gradients(graph)
         self.starts = self._starts()
+        #: for `read`, which puts values into the places of what is known here
+        self.known: Known = {}
         #: what `flatten` has passed by
         self.passed: set[fx.Node] = set()
         #: reads of what was put in, beside `x` itself
@@ -84,7 +86,7 @@ class _Lines:
         if part is None or not self._is_line(part.source, part.dim):
             return False
         found, passed = Content(part.source, part.start, part.stop), [node, *node.all_input_nodes]
-        while len(inner := self._inside(found, part.dim)) == 1:
+        while len(inner := self._inside(found, part.dim, self.known)) == 1:
             found = inner[0]
             passed.append(found.node)
         if found.node is part.source and found.node not in self.starts:
@@ -99,8 +101,7 @@ class _Lines:
         dim = self.moved.get(node)
         if dim is None or node in self.passed:
             return False
-        passed: list[fx.Node] = []
-        found = list(self._leaves(whole(node, dim), dim, passed))
+        found, passed = self._leaves(node, dim)
         self.passed.update(passed)
         if self.moved.keys().isdisjoint(passed[1:]):
             return False
@@ -122,20 +123,25 @@ class _Lines:
         origin = _origin(Content(node, 0, 0))[0]
         return self.moved.get(origin) == dim or node in self.starts  # type: ignore[arg-type]
 
-    def _inside(self, of: Content, dim: int) -> list[Content]:
+    def _inside(self, of: Content, dim: int, known: Known | None = None) -> list[Content]:
         """What a content is put together of; nothing where it is another join than a line."""
         is_line = self.moved.get(of.node) == dim or join_dim(of.node) is None
-        return contents(of, dim) if is_line else []
+        return contents(of, dim, known) if is_line else []
 
-    def _leaves(self, of: Content, dim: int, passed: list[fx.Node]) -> Iterator[Content]:
-        """What a content is put together of at last: further in as long as nobody else reads what is passed."""
-        inner = self._inside(of, dim) if not passed or set(passed).issuperset(of.node.users) else []
-        if not inner:
-            yield of
-            return
-        passed.append(of.node)
-        for content in inner:
-            yield from self._leaves(content, dim, passed)
+    def _leaves(self, node: fx.Node, dim: int) -> tuple[list[Content], list[fx.Node]]:
+        """What a line is put together of at last, further in as long as nobody else reads what is passed; and that."""
+        leaves: list[Content] = []
+        passed: dict[fx.Node, None] = {}
+        waiting = [whole(node, dim)]
+        while waiting:
+            content = waiting.pop()
+            inner = self._inside(content, dim) if not passed or passed.keys() >= content.node.users.keys() else []
+            if inner:
+                passed[content.node] = None
+                waiting += reversed(inner)
+            else:
+                leaves.append(content)
+        return leaves, list(passed)
 
     def _read(self, content: Content, dim: int, is_step: bool) -> fx.Node:
         """A content, with the dim or, of one step, without. It is read where it is made, for all steps that want it."""
@@ -185,8 +191,9 @@ def _moved(graph: fx.Graph) -> dict[fx.Node, int]:
             if is_part or node.target in ROLL:
                 moving.append(node)
             if groups[inner] is not group:
-                group |= groups[inner]
-                groups.update(dict.fromkeys(groups[inner], group))
+                small, group = sorted((group, groups[inner]), key=len)
+                group |= small
+                groups.update(dict.fromkeys(small, group))
     return {n: dims[n] for start in moving for n in groups[start]}
 
 

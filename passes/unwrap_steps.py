@@ -31,7 +31,7 @@ def unwrap_steps(gm: fx.GraphModule) -> int:
     changed = {key for n in gm.graph.nodes if n.op != "call_module" for key in memory_written(n)}
     off = without_gradients(gm.graph)
     count = 0
-    with sweeping(gm.graph):
+    with sweeping(gm.graph, but=store):  # (values that are stored are a series, for layers behind, whoever reads the record)
         for node in list(gm.graph.nodes):
             step = _unwrapped(node, changed, off)
             if step is not None:
