@@ -83,8 +83,8 @@ class _Lines:
     def read(self, node: fx.Node) -> bool:
         """A step or a range that lies in one of the things that a line is put together of is read from there."""
         part = part_of(node)
-        if part is None or not self._is_line(part.source, part.dim):
-            return False
+        if part is None or not self._is_line(part.source, part.dim) or any(user.op == "output" for user in node.users):
+            return False  # (a result that is a view of the line stays one)
         found, passed = Content(part.source, part.start, part.stop), [node, *node.all_input_nodes]
         while len(inner := self._inside(found, part.dim, self.known)) == 1:
             found = inner[0]

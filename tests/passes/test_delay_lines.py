@@ -154,6 +154,21 @@ def test_gradients_go_where_they_went():
     capture(f, x(STEPS, 3, 5)).check(delay_lines)
 
 
+def test_results_share_memory_as_they_did():
+    def f(a):
+        line = torch.zeros(3, *a.shape[1:])
+        for t in range(a.shape[0]):
+            line = torch.cat([a[t][None], line[:-1]])
+        return line, line[0], line[1:2]
+
+    def are_one(outputs):
+        return len({o.untyped_storage().data_ptr() for o in outputs}) == 1
+
+    captured = prepared(f, x(STEPS, 3, 5).detach())
+    captured.check(delay_lines)
+    assert are_one(f(x(STEPS, 3, 5))) and are_one(captured.run()[0])
+
+
 def test_layouts_stay():
     """A result that is a step of a line along its last dim, and a `view` of what was put in transposed."""
 
