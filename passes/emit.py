@@ -27,10 +27,15 @@ def emit(  # type: ignore[no-untyped-def]
 
 
 def number_of_steps(call: fx.Node, loop: Loop) -> int | fx.Node:
-    """The length of a loop as an operand of an op before `call`: where it is symbolic, the size that it is in the graph."""
-    if isinstance(loop.length, int):
-        return loop.length
-    wanted = size_key(loop.length)
+    """The length of a loop as an operand of an op before `call`."""
+    return size_before(call, loop.length)
+
+
+def size_before(call: fx.Node, size: int | torch.SymInt) -> int | fx.Node:
+    """A size as an operand of an op before `call`: where it is symbolic, the size that it is in the graph."""
+    if isinstance(size, int):
+        return size
+    wanted = size_key(size)
     for node in itertools.takewhile(lambda n: n is not call, call.graph.nodes):
         value = example(node)
         if isinstance(value, torch.SymInt) and size_key(value) == wanted:
@@ -38,7 +43,7 @@ def number_of_steps(call: fx.Node, loop: Loop) -> int | fx.Node:
         if isinstance(value, Tensor) and wanted in (sizes := [size_key(s) for s in value.shape]):
             with call.graph.inserting_before(call):
                 return emit(call.graph, "call_method", "size", (node, sizes.index(wanted)), {})
-    raise VerificationError(f"{loop.name}: no value before it has its length")
+    raise VerificationError(f"no value before {call.name} has the size {wanted}")
 
 
 def attribute(gm: fx.GraphModule, loop: Loop, node: fx.Node) -> fx.Node:

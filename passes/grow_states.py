@@ -14,6 +14,7 @@ from torch import fx
 from snn_compile.ir.loop import Loop
 from snn_compile.ir.values import example
 from snn_compile.passes.classify import OpInfo
+from snn_compile.passes.emit import size_before
 
 
 def grow_states(gm: fx.GraphModule, call: fx.Node, loop: Loop, infos: dict[fx.Node, OpInfo]) -> None:
@@ -24,8 +25,9 @@ def grow_states(gm: fx.GraphModule, call: fx.Node, loop: Loop, infos: dict[fx.No
         if not isinstance(value, torch.Tensor) or value.shape == wanted or not _broadcasts(value.shape, wanted):
             continue
         if all(u in infos and infos[u].pointwise for u in placeholder.users):
+            sizes = [size_before(call, size) for size in wanted]
             with gm.graph.inserting_before(call):
-                grown = gm.graph.call_method("expand", (init, *wanted))
+                grown = gm.graph.call_method("expand", (init, *sizes))
             grown.meta = {"example_value": value.expand(wanted)}
             call.args = (*call.args[:i], grown, *call.args[i + 1 :])
 

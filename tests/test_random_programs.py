@@ -278,6 +278,22 @@ def test_a_group_norm_of_what_lies_with_gaps() -> None:
     check(5, text="def f(x, y, k, b, buf, mem):" + text)
 
 
+def test_a_state_that_grows_to_a_symbolic_size() -> None:
+    """The size that its first value is stretched to is one of the graph's, not the symbol itself."""
+    text = """
+    unread = x.new_zeros(5, *x.shape[1:])
+    v, read, made = 0.0 * x[0], [], []
+    for t in range(5):
+        a = lin(v)
+        u = x[t][:, :1] + v
+        w = a + u
+        v = w * 0.5
+        read.append(u)
+        made.append(a)
+    return [sum(read), torch.stack(made), w]"""
+    check(261, How(dynamic=True), "def f(x, y, k, b, buf, mem):" + text)
+
+
 def test_a_record_in_steps_that_differ_compiles_whole() -> None:
     check(1, How(compiled=True), "def f(x, y, k, b, buf, mem):" + WRONG_ONCE["a_record_in_steps_that_differ"])
 
