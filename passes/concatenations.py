@@ -31,7 +31,7 @@ def normalize_concatenations(graph: fx.Graph) -> None:
                 _replace(graph, node, torch.cat, pieces, dim)
     for node in list(graph.nodes):
         if (found := pieces_of(node)) is not None:
-            inner = [unsqueezed(p, found[1]) for p in found[0]]
+            inner = [unsqueezed(_original(p), found[1]) for p in found[0]]
             if all(i is not None for i in inner):
                 _replace(graph, node, torch.stack, inner, found[1])
 
@@ -84,12 +84,15 @@ def _replace(graph: fx.Graph, node: fx.Node, target: object, pieces: Sequence[ob
             graph.erase_node(old)
 
 
+def _original(node: fx.Node) -> object:
+    """What a clone for one use alone is of."""
+    return _original(node.args[0]) if node.target in ("clone", torch.clone) and len(node.users) == 1 else node  # type: ignore[arg-type]
+
+
 def unsqueezed(node: object, dim: int) -> fx.Node | None:
-    """``a`` where ``node`` is ``a.unsqueeze(dim)`` (or ``a[None]``, ``a[..., None]``), or a clone of that for this use alone."""
+    """``a`` where ``node`` is ``a.unsqueeze(dim)`` (or ``a[None]``, ``a[..., None]``)."""
     if not isinstance(node, fx.Node):
         return None
-    if node.target in ("clone", torch.clone) and len(node.users) == 1:
-        return unsqueezed(node.args[0], dim)
     if is_getitem(node):
         return node.args[0] if _new_dim(node.args[1], example(node)) == dim else None  # type: ignore[return-value]
     named = node.target == "unsqueeze" if node.op == "call_method" else node.target is torch.unsqueeze

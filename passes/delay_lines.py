@@ -26,9 +26,9 @@ from torch import fx
 from snn_compile.ir.values import example, storage_key
 from snn_compile.passes.concatenations import normalize_concatenations
 from snn_compile.passes.contents import CLONE, ROLL, Content, Known, contents, join_dim, whole
-from snn_compile.passes.effects import memory_written, sweeping, without_gradients
-from snn_compile.passes.emit import emit
-from snn_compile.passes.parts import part_of
+from snn_compile.passes.effects import gains_gradients, memory_changed, sweeping, without_gradients
+from snn_compile.passes.emit import behind, emit
+from snn_compile.passes.parts import index_along, part_of
 
 
 def delay_lines(gm: fx.GraphModule) -> int:
@@ -49,7 +49,7 @@ class _Lines:
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
         self.moved = _moved(graph)
-        self.changed = {key for n in graph.nodes if n.op != "call_module" for key in memory_written(n)} - {None}
+        self.changed = memory_changed(graph)
         self.off = without_gradients(graph)
         self.starts = self._starts()
         #: for `read`, which puts values into the places of what is known here
@@ -58,7 +58,6 @@ class _Lines:
         self.passed: set[fx.Node] = set()
         #: reads of what was put in, beside `x` itself
         self.made: dict[tuple[Content, bool], fx.Node] = {}
-        self.last_placeholder = next((n for n in reversed(graph.nodes) if n.op == "placeholder"), None)
 
     def _starts(self) -> set[fx.Node]:
         """What lines are before they are moved, and nobody reads afterwards: the first step reads it as others read a line."""
@@ -150,13 +149,12 @@ class _Lines:
             return node
         key = (content, is_step)
         if key not in self.made:
-            behind = node if node.op != "placeholder" else self.last_placeholder
-            index = (*[slice(None)] * dim, start if is_step else slice(start, content.stop))
-            with self.graph.inserting_after(behind):
+            index = index_along(dim, start if is_step else slice(start, content.stop))
+            with self.graph.inserting_before(behind(node)):
                 if content.is_step:
                     self.made[key] = emit(self.graph, "call_method", "unsqueeze", (node, dim), {})
                 else:
-                    self.made[key] = emit(self.graph, "call_function", operator.getitem, (node, index if dim else index[0]), {})
+                    self.made[key] = emit(self.graph, "call_function", operator.getitem, (node, index), {})
             self.made[key].meta = {**node.meta, "example_value": example(self.made[key])}
         return self.made[key]
 
@@ -164,7 +162,7 @@ class _Lines:
         """Where nothing is written into, gradients go where they went, and nobody sees that it lies otherwise."""
         if not self.changed.isdisjoint(map(storage_key, passed)):
             return False
-        if not self.off.isdisjoint(passed) and not self.off.issuperset(node.users):
+        if gains_gradients(node, passed, self.off):
             return False
         new = make()
         is_seen = any(user.op == "output" or user.target == "view" for user in node.users)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,11 @@ def without_gradients(graph: fx.Graph) -> set[fx.Node]:
         elif is_off:
             found.add(node)
     return found
+
+
+def gains_gradients(node: fx.Node, passed: Iterable[fx.Node], off: set[fx.Node]) -> bool:
+    """Whether `node`, taken for what it was made of, would have a gradient that it has not: some of `passed` is without."""
+    return not off.isdisjoint(passed) and not off.issuperset(node.users)
 
 
 def is_write(node: fx.Node) -> bool:
@@ -120,6 +125,11 @@ def memory_written(node: fx.Node) -> set[int | None]:
         return {storage_key(w) for w in written(node)} - {None}
     body = node.graph.owning_module.get_submodule(str(node.target)).body  # type: ignore[union-attr]
     return {storage_key(w) for n in body.graph.nodes for w in written(n)} - {None}  # type: ignore[union-attr]
+
+
+def memory_changed(graph: fx.Graph) -> set[int | None]:
+    """The storages that some node of a graph, loops apart, writes into."""
+    return {key for n in graph.nodes if n.op != "call_module" for key in memory_written(n)}
 
 
 def memory_touched(node: fx.Node) -> set[int | None]:

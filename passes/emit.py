@@ -26,6 +26,14 @@ def emit(  # type: ignore[no-untyped-def]
     return node
 
 
+def behind(node: fx.Node) -> fx.Node:
+    """The first op behind a node's definition: what is put before it can read the node, and all ops behind can read that."""
+    following = node.next
+    while following.op in ("placeholder", "get_attr"):
+        following = following.next
+    return following
+
+
 def number_of_steps(call: fx.Node, loop: Loop) -> int | fx.Node:
     """The length of a loop as an operand of an op before `call`."""
     return size_before(call, loop.length)

@@ -30,6 +30,7 @@ from snn_compile.passes.concatenations import normalize_concatenations
 from snn_compile.passes.effects import INPLACE_OPERATORS, is_write, written
 from snn_compile.passes.emit import copy_of, emit
 from snn_compile.passes.no_grad_regions import detach_no_grad_regions
+from snn_compile.passes.parts import index_along
 from snn_compile.passes.reshapes_in_place import date_example, nodes_reshaped
 
 #: In a node's meta: it is what a write has become, a new value. (Its example lies in the memory that was written into.)
@@ -110,9 +111,8 @@ def _name_stores(graph: fx.Graph) -> None:
         buffer, value, dim, at = node.args
         held = example(buffer)
         if isinstance(held, torch.Tensor) and type(dim) is int and type(at) is int:
-            dim %= held.dim()
             with graph.inserting_before(node):
-                new = graph.call_function(store, (buffer, (*[slice(None)] * dim, at) if dim else at, value))
+                new = graph.call_function(store, (buffer, index_along(dim % held.dim(), at), value))
             new.meta = dict(node.meta)
             node.replace_all_uses_with(new)
             graph.erase_node(node)

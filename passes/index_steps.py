@@ -18,9 +18,9 @@ from torch import fx
 from snn_compile.ir.values import example, known_int
 from snn_compile.passes.concatenations import pieces_of
 from snn_compile.passes.effects import is_write
-from snn_compile.passes.emit import emit
+from snn_compile.passes.emit import behind, emit
 from snn_compile.passes.functionalize import store
-from snn_compile.passes.parts import Part, indexed, part_of
+from snn_compile.passes.parts import Part, index_along, indexed, part_of
 
 
 def index_steps(gm: fx.GraphModule) -> int:
@@ -60,7 +60,7 @@ def index_stores(gm: fx.GraphModule) -> int:
         is_chained = before is not None and before[1:] == (dim, width)
         given = before[0] if is_chained else _unflattened(gm.graph, buffer, dim, width)  # type: ignore[index, arg-type]
         with gm.graph.inserting_before(node):
-            new = gm.graph.call_function(store, (given, _index(dim, t), value))
+            new = gm.graph.call_function(store, (given, index_along(dim, t), value))
             new.meta = {**node.meta, "example_value": example(given)}
         by_width[node] = (new, dim, width)
     for node, (new, dim, _) in reversed(by_width.items()):
@@ -91,22 +91,15 @@ def _is_of_several(node: fx.Node) -> bool:
     return any(s is not None and (s[0], s[2]) == (here[0], here[2]) for s in steps)
 
 
-def _index(dim: int, t: int) -> object:
-    return t if dim == 0 else (*[slice(None)] * dim, t)
-
-
 def _unflattened(graph: fx.Graph, source: fx.Node, dim: int, width: int) -> fx.Node:
     """A view of `source` behind its definition."""
-    behind = source.next
-    while behind.op in ("placeholder", "get_attr"):
-        behind = behind.next
-    with graph.inserting_before(behind):
+    with graph.inserting_before(behind(source)):
         return emit(graph, "call_method", "unflatten", (source, dim, (example(source).shape[dim] // width, width)), {})
 
 
 def _replace(graph: fx.Graph, node: fx.Node, steps: fx.Node, dim: int, t: int, width: int) -> None:
     with graph.inserting_before(node):
-        made = [emit(graph, "call_function", operator.getitem, (steps, _index(dim, t)), {})]
+        made = [emit(graph, "call_function", operator.getitem, (steps, index_along(dim, t)), {})]
         if width == 1:
             made.append(emit(graph, "call_method", "unsqueeze", (made[0], dim), {}))
     for new in made:

@@ -55,8 +55,8 @@ class LoopBody:
         self.root: dict[str, torch.nn.Module] = {}
         #: the value of each node of the iteration, by residue
         self.values: dict[int, fx.Node] = {}
-        #: by residue, `back`, and the initial values of the chain up to there
-        self.carries: dict[tuple[int, int, object], Carry] = {}
+        #: by residue, the younger carry, and the initial value
+        self.carries: dict[tuple[int, fx.Node | None, object], Carry] = {}
         self.inputs: list[tuple[LoopInput, Source, fx.Node]] = []
         self.consts: dict[fx.Node, fx.Node] = {}
         #: residue of ``out[t] = s`` -> dim, first index, reverse
@@ -276,13 +276,12 @@ class LoopBody:
     def _carry(self, residue: int, slot: int, producer: int, back: int) -> fx.Node:
         """The placeholder of the value that `producer` made `back` iterations ago."""
         node: fx.Node | None = None
-        source, inits = self.window.node(producer, self.window.template), ()
+        source = self.window.node(producer, self.window.template)
         # a chain: the carry `back` steps old hands over to the one `back + 1` steps old
         for distance in range(1, back + 1):
             t = back - distance
             init = self.window.leaves(residue, t)[slot]
-            inits = (*inits, init if isinstance(init, fx.Node) else repr(init))
-            key = (producer, distance, inits)
+            key = (producer, node, init if isinstance(init, fx.Node) else repr(init))
             _check_init(init, source, self.window.node(residue, t), self.window.leaves(residue, t), slot)
             if key not in self.carries:
                 meta = self.window.meta(producer)
@@ -304,7 +303,7 @@ class LoopBody:
         """Of a value that no later iteration reads: its last one is wanted."""
         value = self.values[residue]
         placeholder = self._placeholder(f"last_{base_name(value.name)}", dict(value.meta))
-        carry = self.carries[residue, 1, "last"] = Carry(residue, 1, 0, placeholder)
+        carry = self.carries[residue, None, "last"] = Carry(residue, 1, 0, placeholder)
         self.next.append(value)
         return carry
 

@@ -81,6 +81,11 @@ def indexed(source: object, index: object) -> Part | None:
     return _part(source, value, dim, start, max(stop - start, 0)) if step == 1 else None
 
 
+def index_along(dim: int, entry: object) -> object:
+    """The index of ``x[entry]``, ``x[:, entry]``, .."""
+    return (*[slice(None)] * dim, entry) if dim else entry
+
+
 def _piece(several: fx.Node, index: object) -> Part | None:
     """``chunk(x, 2, 1)[0]``"""
     source, pieces = several.args[0] if several.args else None, example(several)

@@ -16,19 +16,17 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from snn_compile.ir.values import example, is_getitem, storage_key
-from snn_compile.passes.concatenations import pieces_of
+from snn_compile.ir.values import example, storage_key
+from snn_compile.passes.concatenations import pieces_of, unsqueezed
 from snn_compile.passes.contents import Content, contents, whole
-from snn_compile.passes.effects import memory_written, sweeping, without_gradients
+from snn_compile.passes.effects import gains_gradients, memory_changed, sweeping, without_gradients
 from snn_compile.passes.functionalize import store
 from snn_compile.passes.parts import Part, part_of
-
-_UNSQUEEZE = ("unsqueeze", torch.unsqueeze)
 
 
 def unwrap_steps(gm: fx.GraphModule) -> int:
     """Rewrite `gm` in place; gives how many values were unwrapped."""
-    changed = {key for n in gm.graph.nodes if n.op != "call_module" for key in memory_written(n)}
+    changed = memory_changed(gm.graph)
     off = without_gradients(gm.graph)
     count = 0
     with sweeping(gm.graph, but=store):  # (values that are stored are a series, for layers behind, whoever reads the record)
@@ -47,10 +45,10 @@ def _unwrapped(node: fx.Node, changed: set[int | None], off: set[fx.Node]) -> fx
     part = part_of(node)
     if part is None:
         return None
-    if not off.isdisjoint((node, node.args[0], part.source)) and not off.issuperset(node.users):
+    if gains_gradients(node, (node, node.args[0], part.source), off):  # type: ignore[arg-type]
         return None
-    if part.is_step and part.dim == _new_dim(part.source):
-        return part.source.args[0]  # type: ignore[return-value]
+    if part.is_step and (step := unsqueezed(part.source, part.dim)) is not None:
+        return step
     piece = _piece(part)
     if piece is None or {storage_key(part.source), storage_key(piece)} & changed:
         return None
@@ -84,14 +82,6 @@ def _drop_overwritten(graph: fx.Graph) -> None:
             node.update_arg(0, buffer.args[0])
             graph.erase_node(buffer)
             buffer = node.args[0]
-
-
-def _new_dim(node: fx.Node) -> int | None:
-    """The dim that ``a.unsqueeze(0)``, or ``a[None]``, has added."""
-    if node.target in _UNSQUEEZE:
-        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        return dim % example(node).dim() if isinstance(dim, int) else None  # type: ignore[union-attr]
-    return 0 if is_getitem(node) and node.args[1] is None else None
 
 
 def _shows_layout(node: fx.Node) -> bool:
