@@ -87,9 +87,9 @@ def draws(node: fx.Node) -> bool:
 
 
 @contextlib.contextmanager
-def sweeping(graph: fx.Graph, but: object = None) -> Iterator[None]:
-    """What a rewrite inside leaves without readers goes, and nothing else; calls of `but` stay."""
-    unread = {n for n in graph.nodes if not n.users or n.target is but}
+def sweeping(graph: fx.Graph) -> Iterator[None]:
+    """What a rewrite inside leaves without readers goes, and nothing else."""
+    unread = {n for n in graph.nodes if not n.users}
     yield
     for node in reversed(graph.nodes):
         if not node.users and node not in unread and not has_effect(node):

@@ -61,7 +61,8 @@ def reroll(
 ) -> tuple[list[Loop], list[Rejection]]:
     """Replace loops of `gm` by `Loop` submodules; `accept` says why a verified loop should stay unrolled (or None).
 
-    `accept_layers` is asked about what is left: loops over slices of tensors.
+    `accept_layers` is asked about what is left: loops over slices of tensors; those of views alone are among them, since the
+    layers behind them read slices then.
     """
     loops: list[Loop] = []
     rejections: dict[Key, Rejection] = {}
@@ -106,7 +107,7 @@ def _first_loop(
             continue
         if not are_layers and any(n.meta.get(MOVED) for n in view.nodes[repeat.start : repeat.start + repeat.period]):
             continue
-        if all(n.target in VIEWS for n in view.nodes[repeat.start : repeat.start + repeat.period]):
+        if not are_layers and all(n.target in VIEWS for n in view.nodes[repeat.start : repeat.start + repeat.period]):
             rejections[key] = Rejection(ONLY_READS, location=user_location(view.nodes[repeat.start]), ops=repeat.covered)
             continue
         try:

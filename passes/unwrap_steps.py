@@ -29,7 +29,7 @@ def unwrap_steps(gm: fx.GraphModule) -> int:
     changed = memory_changed(gm.graph)
     off = without_gradients(gm.graph)
     count = 0
-    with sweeping(gm.graph, but=store):  # (values that are stored are a series, for layers behind, whoever reads the record)
+    with sweeping(gm.graph):
         for node in list(gm.graph.nodes):
             step = _unwrapped(node, changed, off)
             if step is not None:

@@ -317,6 +317,25 @@ def test_a_new_length_or_batch_compiles_no_kernel(monkeypatch):
         assert torch.equal(y, zoo.lif(x))
 
 
+def test_layers_in_loops_of_their_own():
+    """A loop of views alone is batched for the layer behind it, which reads slices then."""
+    linear, pool = nn.Linear(8, 5), nn.AvgPool2d(2)
+
+    def net(x):
+        spikes = zoo.lif(x)
+        pooled = [pool(spikes[t]) for t in range(x.shape[0])]
+        flat = [pooled[t].flatten(1) for t in range(x.shape[0])]
+        return zoo.lif(torch.stack([linear(flat[t]) for t in range(x.shape[0])]) * 4)
+
+    x, other = (torch.rand(6, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0)).mul(2).requires_grad_() for _ in range(2))
+    expected, got = net(x), torch.compile(net, backend=snn, options={"strict": True})(other)
+    assert expected.any() and torch.equal(got, expected)
+    assert counters["snn_compile"]["recurrences_lowered"] == 2 and counters["snn_compile"]["ops_time_batched"] >= 3
+    expected.sum().backward()
+    got.sum().backward()
+    torch.testing.assert_close(other.grad, x.grad)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_per_step_net(training):
     """Layers run once over all steps; batch norm in training keeps its per-step statistics and counters."""
