@@ -116,7 +116,7 @@ class GpuChannelKernel:
         return self.kernel.run(known, [o.from_first_step() for o in operands], steps)
 
 
-class _Call:
+class ChannelCall:
     """What a kernel is given and what is wanted of it, with the tensors."""
 
     def __init__(self, r: SteppedRecurrence, direction: Direction, target: Target, channels_last: bool) -> None:
@@ -124,6 +124,8 @@ class _Call:
         self.dim = len(step_shape(r))
         self.given: list[tuple[Given, list[Operand]]] = []
         self.wanted: list[tuple[Wanted, Operand]] = []
+        #: that has run
+        self.kernel: CpuChannelKernel | GpuChannelKernel | None = None
 
     def give(self, kind: str, slot: int, name: str, *operands: Operand, next: int | None = None) -> None:
         self.given.append((Given(slot, kind, name, next), list(operands)))
@@ -132,7 +134,8 @@ class _Call:
         """One that is read: on CPU copied where it does not lie in memory as all others do."""
         if self.target.name == "triton":
             return Operand(value, timed, reverse)
-        return Operand(arranged(value, self.dim, self.channels_last, timed), timed, reverse)
+        tensor = arranged(value, self.dim, self.channels_last, timed)
+        return Operand(tensor, timed, reverse, None if tensor is value else value)
 
     def give_constants(self, values: Sequence[Tensor | None], slots: Iterable[int]) -> None:
         """Constants of the recurrence, and what the prologue made of them."""
@@ -153,8 +156,22 @@ class _Call:
         if key not in known:
             known[key] = self._kernel(given, wanted)
         kernel: CpuChannelKernel | GpuChannelKernel | None = known[key]
-        operands = [o for _, some in self.given for o in some] + [o for _, o in self.wanted]
-        return kernel is not None and steps > 0 and kernel.run(operands, steps)
+        if kernel is not None and steps > 0 and kernel.run(self._operands(), steps):
+            self.kernel = kernel
+        return self.kernel is not None
+
+    def answer_later(self, steps: int, tensors: Sequence[Tensor | None], results: Sequence[Tensor]) -> None:
+        """Have calls of the op like this one, of `tensors` with these `results`, answered without Python, where that can be."""
+        direct = self.r.direct.get(self.direction)
+        if direct is not None and isinstance(self.kernel, CpuChannelKernel):
+            # (the cotangent of a state that is no result is zero)
+            may_be_zero = [self.direction == "backward" and g.kind == "carry" for g, some in self.given for _ in some]
+            may_be_zero += [False] * len(self.wanted)
+            operands = list(zip(self._operands(), may_be_zero, strict=True))
+            self.kernel.answer_later(direct, operands, steps, tensors, results)
+
+    def _operands(self) -> list[Operand]:
+        return [o for _, some in self.given for o in some] + [o for _, o in self.wanted]
 
     def _kernel(self, given: Sequence[Given], wanted: Sequence[Wanted]) -> CpuChannelKernel | GpuChannelKernel | None:
         is_backward = self.direction == "backward"
@@ -174,21 +191,19 @@ class _Call:
 
 
 def forward_by_channel(
-    r: SteppedRecurrence,
-    target: Target,
+    call: ChannelCall,
     inits: Sequence[Tensor],
     xs: Sequence[Tensor],
     values: Sequence[Tensor | None],
     kept: Sequence[tuple[int, Tensor, bool]],
     steps: int,
-    channels_last: bool,
 ) -> list[Tensor] | None:
     """Fill `kept` - ``(slot, series, reverse)`` - and give the final states; None where that is not possible.
 
     `values`: what is known before the first step, by slot: constants and what the prologue made.
     """
+    r = call.r
     n, first = len(r.carries), len(r.carries) + len(r.xs)
-    call = _Call(r, "forward", target, channels_last)
     for i, (carry, init) in enumerate(zip(r.carries, inits, strict=True)):
         call.give("carry", i, carry.name, call.operand(init), next=r.forward.outputs[i])
     for j, (spec, x) in enumerate(zip(r.xs, xs, strict=True)):
@@ -199,26 +214,24 @@ def forward_by_channel(
     finals = []
     for i, (carry, (shape, dtype)) in enumerate(zip(r.carries, r.results, strict=False)):
         if carry.is_result:
-            finals.append(empty_result(r, shape, dtype, inits[i].device, channels_last))
+            finals.append(empty_result(r, shape, dtype, inits[i].device, call.channels_last))
             call.want("final", i, Operand(finals[-1]))
     return finals if call.run(steps) else None
 
 
 def backward_by_channel(
-    r: SteppedRecurrence,
-    target: Target,
+    call: ChannelCall,
     operands: Sequence[Tensor | None],
     kept: Sequence[Tensor],
     values: Sequence[Tensor | None],
     cotangents: tuple[Sequence[Tensor], Sequence[Tensor | None]],
     steps: int,
-    channels_last: bool,
 ) -> list[Tensor] | None:
     """The gradients, or None where that is not possible. `cotangents`: of the carries, and of the outputs, time first."""
+    r, channels_last = call.r, call.channels_last
     assert r.backward is not None
     inits, xs, consts = r.split(operands)
     outputs, n_ct = r.backward.outputs, len(cotangents[0])
-    call = _Call(r, "backward", target, channels_last)
     _give_backward(call, inits, xs, kept, values, cotangents)
     first_ct, grads = len(operands) + r.n_residuals, []
     for k, (ct, carry) in enumerate(zip(cotangents[0], r.differentiable_carries, strict=True)):
@@ -241,7 +254,7 @@ def backward_by_channel(
 
 
 def _give_backward(
-    call: _Call,
+    call: ChannelCall,
     inits: Sequence[Tensor],
     xs: Sequence[Tensor | None],
     kept: Sequence[Tensor],

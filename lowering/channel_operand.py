@@ -18,6 +18,8 @@ class Operand:
     tensor: Tensor
     timed: bool = False
     reverse: bool = False
+    #: what the tensor is a copy of, where it is one
+    copied: Tensor | None = None
 
     def place(self, shape: torch.Size) -> Place | None:
         return place(self.tensor, self.timed, self.reverse, shape)

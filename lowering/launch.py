@@ -5,7 +5,7 @@ The same allocation serves the kernels and their fake implementations, so the st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -56,8 +56,18 @@ class Target(Protocol):
 class DirectCalls(Protocol):
     """The calls of one op that are answered without Python."""
 
-    def add(self, steps: int, tensors: Sequence[Tensor | None], results: Sequence[ResultSpec], kernel: Any) -> None:
-        """A later call with operands of the sizes and strides of `tensors` runs `kernel` on them and on new `results`."""
+    def add(
+        self,
+        steps: int,
+        tensors: Sequence[Tensor | None],
+        results: Sequence[ResultSpec],
+        kernel: Any,
+        copies: Mapping[int, int] = ...,
+    ) -> None:
+        """A later call with operands of the sizes and strides of `tensors` runs `kernel` on them and on new `results`.
+
+        `copies`: for some of its addresses, how many copies of the number there (four bytes) the kernel is to find.
+        """
 
 
 class Direct(Protocol):
@@ -144,12 +154,16 @@ class ResultSpec:
     size: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
-    is_large: bool
+    #: of its memory
+    nbytes: int
 
     @staticmethod
     def like(tensor: Tensor) -> ResultSpec:
-        is_large = tensor.untyped_storage().nbytes() >= THRESHOLD
-        return ResultSpec(tuple(tensor.shape), tensor.stride(), tensor.dtype, is_large)
+        return ResultSpec(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.untyped_storage().nbytes())
+
+    @property
+    def is_large(self) -> bool:
+        return self.nbytes >= THRESHOLD
 
     def allocate(self, device: torch.device) -> Tensor:
         result = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=device)

@@ -16,9 +16,12 @@ import torch
 from torch import Tensor, fx
 
 from snn_compile.ir.stepped import SteppedRecurrence
+from snn_compile.lowering.by_channel import runs_by_channel
 from snn_compile.lowering.channels_last import is_channels_last
+from snn_compile.lowering.launch import Direct
 from snn_compile.lowering.registration import (
     GENERATOR_VERSION,
+    NAMESPACE,
     Derivative,
     TargetFor,
     canonical_text,
@@ -74,8 +77,9 @@ def _define(name: str, r: SteppedRecurrence, target_for: TargetFor) -> None:
     def fake(*a: Any) -> Tensor | tuple[Tensor, ...]:
         return one_or_tuple(allocate_stepped(r, a[:-1], a[-1]))
 
+    direct = _direct(r, target_for)
     if r.backward is None:
-        define_op(name, schema, run, fake)
+        r.direct["forward"] = define_op(name, schema, run, fake, direct)
         return
     n_cts = sum(r.differentiable)
     n_saved = n_operands + n_kept
@@ -88,14 +92,21 @@ def _define(name: str, r: SteppedRecurrence, target_for: TargetFor) -> None:
         target = target_for(device_of(a))
         return one_or_tuple(run_stepped_backward(r, target, a[:n_operands], a[n_operands:n_saved], a[n_saved:-1], a[-1]))
 
-    define_op(
+    r.direct["backward"] = define_op(
         f"{name}_backward",
         f"({optional}{kept}{cts}, SymInt steps) -> ({', '.join(['Tensor'] * n_grads)})",
         run_backward,
         lambda *a: one_or_tuple(allocate_stepped_gradients(r, a[:n_operands], a[n_operands:n_saved], a[-1])),
+        direct,
     )
-    define_differentiable(name, schema, run, fake, _derivative(name, r, n_results))
+    r.direct["forward"] = define_differentiable(name, schema, run, fake, _derivative(name, r, n_results), direct)
     kept_operands[name] = r.reads
+
+
+def _direct(r: SteppedRecurrence, target_for: TargetFor) -> Direct | None:
+    """What answers calls that run channel by channel; others have more to do in a call."""
+    target = target_for(r.meta["device"])
+    return target.direct(NAMESPACE) if runs_by_channel(r.forward, target) else None
 
 
 def _derivative(name: str, r: SteppedRecurrence, n_results: int) -> Derivative:

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from snn_compile.ir.stepped import Program, Reduced, SteppedRecurrence
-from snn_compile.lowering.by_channel import backward_by_channel, empty_result, forward_by_channel, runs_channels_last
+from snn_compile.lowering.by_channel import (
+    ChannelCall,
+    backward_by_channel,
+    empty_result,
+    forward_by_channel,
+    runs_channels_last,
+)
 from snn_compile.lowering.cpp.spike_product import sum_outer
 from snn_compile.lowering.launch import MOST_LAUNCHES, Target
 from snn_compile.lowering.result_memory import allocate
@@ -68,7 +74,10 @@ def run_stepped(r: SteppedRecurrence, target: Target, operands: Sequence[Tensor]
     finals = None
     if runner.by_channel:
         places = list(zip(wanted, kept, reverse, strict=True))
-        finals = forward_by_channel(r, target, inits, xs, values, places, steps, channels_last)
+        call = ChannelCall(r, "forward", target, channels_last)
+        finals = forward_by_channel(call, inits, xs, values, places, steps)
+        if finals is not None and all(y.time_dim == 0 for y in r.ys):
+            call.answer_later(steps, operands, [*kept[:m], *finals, *kept[m:]])
     if finals is None:
         series = [Slices(x, spec.reverse) for x, spec in zip(xs, r.xs, strict=True)]
         views = [Slices(k, back) for k, back in zip(kept, reverse, strict=True)]
@@ -150,6 +159,7 @@ def run_stepped_backward(
     program = r.backward
     assert program is not None
     inits, xs, consts = r.split(operands)
+    given = [*operands, *kept, *cotangents]
     inits = _whole_states(r, inits)
     operands = [*inits, *xs, *consts]
     runner = _prepared(r, program, target, "backward", [*operands, *kept, *cotangents])
@@ -160,13 +170,16 @@ def run_stepped_backward(
     ct_carries, whole_ys = _cotangents(r, device_of(operands), cotangents)
     channels_last = runs_channels_last(r, xs, kept)
     if runner.by_channel:
-        gradients = backward_by_channel(r, target, operands, kept, values, (ct_carries, whole_ys), steps, channels_last)
+        call = ChannelCall(r, "backward", target, channels_last)
+        gradients = backward_by_channel(call, operands, kept, values, (ct_carries, whole_ys), steps)
         if gradients is not None:
+            if None not in r.reduced:  # (such a gradient is zero)
+                call.answer_later(steps, given, gradients)
             return gradients
     # (the step that sees the initial state is not the first one here: the state must lie in memory like those after it)
     before = [(i, Before(_like_history(r, inits[i], channels_last), k)) for i, k in zip(r.history, kept, strict=False)]  # type: ignore[arg-type]
-    given = [(n + j, x, spec) for j, (x, spec) in enumerate(zip(xs, r.xs, strict=True)) if x is not None]
-    streams: list[tuple[int, Series]] = [(slot, Slices(x, spec.reverse)) for slot, x, spec in given]
+    read = [(n + j, x, spec) for j, (x, spec) in enumerate(zip(xs, r.xs, strict=True)) if x is not None]
+    streams: list[tuple[int, Series]] = [(slot, Slices(x, spec.reverse)) for slot, x, spec in read]
     streams += before
     streams += [(n_ops + j, Slices(k)) for j, k in enumerate(kept[len(r.history) :])]
     ct_ys = _cotangents_of_steps(r, device_of(operands), whole_ys)

@@ -45,22 +45,30 @@ def poison_direct_calls() -> Iterator[None]:
         yield
         return
     pointer, number, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    torch_, at = direct.torch, direct_call.FUNCTIONS.index("aoti_torch_empty_strided")
-    table = torch_.table(*direct_call.FUNCTIONS)
-    function = ctypes.CFUNCTYPE(int32, number, pointer, pointer, int32, int32, int32, ctypes.POINTER(pointer))
-    allocate = function(table[at])
+    made_at = ctypes.POINTER(pointer)
+    torch_, table = direct.torch, direct.torch.table(*direct_call.FUNCTIONS)
+    kept = []
 
-    def poisoned(*args):  # type: ignore[no-untyped-def]
-        failed = allocate(*args)
-        if not failed:
-            made, data, size = pointer(args[-1][0]), pointer(), number()
-            assert not torch_.library.aoti_torch_get_data_ptr(made, ctypes.byref(data))
-            assert not torch_.library.aoti_torch_get_storage_size(made, ctypes.byref(size))
-            ctypes.memset(data, 255, size.value)
-        return failed
+    def poison_results_of(name: str, result: int, *arguments: object) -> None:
+        """`result`: the position of the argument that says where the new tensor goes."""
+        function, at = ctypes.CFUNCTYPE(int32, *arguments), direct_call.FUNCTIONS.index(name)
+        allocate = function(table[at])
 
-    kept = function(poisoned)
-    table[at] = ctypes.cast(kept, pointer)
+        def poisoned(*args):  # type: ignore[no-untyped-def]
+            failed = allocate(*args)
+            if not failed:
+                made, data, size = pointer(args[result][0]), pointer(), number()
+                assert not torch_.library.aoti_torch_get_data_ptr(made, ctypes.byref(data))
+                assert not torch_.library.aoti_torch_get_storage_size(made, ctypes.byref(size))
+                ctypes.memset(data, 255, size.value)
+            return failed
+
+        kept.append(function(poisoned))
+        table[at] = ctypes.cast(kept[-1], pointer)
+
+    poison_results_of("aoti_torch_empty_strided", 6, number, pointer, pointer, int32, int32, int32, made_at)
+    of_blob = (pointer, number, pointer, pointer, number, int32, int32, int32, made_at, int32, pointer, number, pointer, pointer)
+    poison_results_of("torch_from_blob", 8, *of_blob)
     direct.set_functions(table)
     yield
     direct.set_functions(torch_.table(*direct_call.FUNCTIONS))

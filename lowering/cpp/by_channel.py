@@ -36,6 +36,8 @@ class ChannelSource:
 
     entry: str
     text: str
+    #: how many the kernel is given
+    tensors: int
     #: arrays of ``rows*inner`` floats that a thread needs
     buffers: int
     #: of a whole value, ``[N, C, *space]``
@@ -99,7 +101,13 @@ class _Writer:
             "",
         ]
         return ChannelSource(
-            self.name, "\n".join(lines), len(text.buffers), self.shapes.whole, text.is_channels_last, text.most_sums
+            self.name,
+            "\n".join(lines),
+            len(self.tensor),
+            len(text.buffers),
+            self.shapes.whole,
+            text.is_channels_last,
+            text.most_sums,
         )
 
     def _declare(self) -> None:

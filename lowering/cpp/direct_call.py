@@ -15,22 +15,26 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from snn_compile.lowering.cpp import compiler
+from snn_compile.lowering import result_memory
+from snn_compile.lowering.cpp import compiler, large_results
 from snn_compile.lowering.cpp.libtorch import LibTorch, libtorch
 
 if TYPE_CHECKING:
     from snn_compile.lowering.cpp.target import BoundCall
     from snn_compile.lowering.launch import ResultSpec
 
-TEXT = """
+TEXT = (
+    """
 // Calls of ops that are like an earlier one: the launch that Python has worked out then, on other addresses.
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
@@ -58,6 +62,10 @@ struct Torch {
   int32_t (*release)(Handle);
   int32_t (*get_num_threads)(uint32_t*);
   int32_t (*call)(const char* op, const char* overload, Value* stack);
+  int32_t (*layout_strided)();
+  int32_t (*from_blob)(void* data, int64_t dims, const int64_t* sizes, const int64_t* strides, int64_t offset, int32_t dtype,
+                       int32_t device, int32_t index, Handle* made, int32_t layout, const uint8_t* opaque, int64_t opaque_size,
+                       void (*deleter)(void* data, void* context), void* context);
 };
 static Torch torch;
 
@@ -80,6 +88,9 @@ static void check(int32_t failed) {
   if (failed) throw std::runtime_error("snn_compile: a function of libtorch failed; it has said why on stderr");
 }
 
+"""
+    + large_results.TEXT
+    + """
 // The key of a call, as `DirectCalls.add` in Python writes it: threads, steps; of each operand dims, sizes, strides (absent: -1).
 struct Call {
   int64_t key[LONGEST_KEY];
@@ -122,35 +133,46 @@ static std::shared_ptr<const Numbers> find(Op& op, const Call& call) {
   return nullptr;
 }
 
+static size_t padded(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
 static char* address(Handle tensor) {
   void* data = zeros;
   if (tensor) check(torch.get_data_ptr(tensor, &data));
   return static_cast<char*>(data);
 }
 
-// Behind the key: count of results, of each dtype, dims, sizes and strides; the kernel; count of addresses, of each tensor and
-// offset; bytes of scratch; the kernel's numbers.
+// Behind the key: count of results, of each dtype, bytes (of a small one 0), dims, sizes and strides; the kernel; bytes of its
+// scratch memory and of copies; count of addresses, of each tensor, offset and copies; the kernel's numbers.
 static void run(const Numbers& launch, const Call& call, size_t operands, std::vector<Handle>& results) {
   const int64_t* code = launch.data() + 1 + call.length;
   results.resize(size_t(*code++));
   for (Handle& result : results) {
-    const int64_t dtype = code[0], dims = code[1];
-    check(torch.empty_strided(dims, code + 2, code + 2 + dims, int32_t(dtype), 0, -1, &result));
-    code += 2 + 2 * dims;
+    const int64_t dtype = code[0], bytes = code[1], dims = code[2];
+    const int64_t *const sizes = code + 3, *const strides = sizes + dims;
+    if (bytes) empty_large(dims, sizes, strides, int32_t(dtype), size_t(bytes), &result);
+    else check(torch.empty_strided(dims, sizes, strides, int32_t(dtype), 0, -1, &result));
+    code = strides + dims;
   }
-  const auto kernel = reinterpret_cast<Kernel>(*code++);
-  const size_t count = size_t(*code++);
-  char* addresses[2 * MOST_TENSORS + 1];
-  for (size_t i = 0; i < count; ++i, code += 2) {
-    const size_t tensor = size_t(code[0]);
-    addresses[i] = address(tensor < operands ? call.operands[tensor] : results[tensor - operands]) + code[1];
-  }
+  const auto kernel = reinterpret_cast<Kernel>(code[0]);
+  const size_t scratch_bytes = padded(size_t(code[1])), copied_bytes = size_t(code[2]), count = size_t(code[3]);
+  code += 4;
   const auto aligned = std::align_val_t(64);
-  const auto free_scratch = [&](char* memory) { ::operator delete(memory, aligned); };
-  const int64_t bytes = *code++;
-  const std::unique_ptr<char, decltype(free_scratch)> scratch(
-      bytes ? static_cast<char*>(::operator new(size_t(bytes), aligned)) : nullptr, free_scratch);
-  addresses[count] = scratch.get();
+  const auto free_memory = [&](char* memory) { ::operator delete(memory, aligned); };
+  const size_t bytes = scratch_bytes + copied_bytes;
+  const std::unique_ptr<char, decltype(free_memory)> memory(
+      bytes ? static_cast<char*>(::operator new(bytes, aligned)) : nullptr, free_memory);
+  char* copies_at = memory.get() + scratch_bytes;
+  char* addresses[2 * MOST_TENSORS + 1];
+  for (size_t i = 0; i < count; ++i, code += 3) {
+    const int64_t tensor = code[0], copies = code[2];
+    const bool is_result = tensor >= int64_t(operands);
+    addresses[i] = address(tensor < 0 ? nullptr : is_result ? results[tensor - operands] : call.operands[tensor]) + code[1];
+    if (!copies) continue;
+    std::fill_n(reinterpret_cast<uint32_t*>(copies_at), copies, *reinterpret_cast<const uint32_t*>(addresses[i]));
+    addresses[i] = copies_at;
+    copies_at += padded(4 * size_t(copies));
+  }
+  addresses[count] = memory.get();
   kernel(addresses, code);
 }
 
@@ -213,9 +235,17 @@ extern "C" void add_launch(int64_t index, const int64_t* numbers, int64_t length
   ops[index].launches.push_back(std::move(launch));
 }
 
+extern "C" void forget_launches() {
+  for (Op& op : ops) {
+    const std::unique_lock lock(op.mutex);
+    op.launches.clear();
+  }
+}
+
 extern "C" void set_failure(const char* words) { failure = words; }
 extern "C" void set_interrupted() { is_interrupted = true; }
 """
+)
 
 #: As in the text's `Torch`.
 FUNCTIONS = (
@@ -227,9 +257,20 @@ FUNCTIONS = (
     "aoti_torch_delete_tensor_object",
     "torch_get_num_threads",
     "aoti_torch_call_dispatcher",
+    "aoti_torch_layout_strided",
+    "torch_from_blob",
 )
 #: As in the text.
 MOST_TENSORS = 64
+
+
+#: In place of the position of a tensor: zeros.
+NOWHERE = -1
+
+
+def _padded(copies: int) -> int:
+    """Bytes; as in the text."""
+    return (4 * copies + 63) // 64 * 64
 
 
 class DirectCalls:
@@ -238,18 +279,30 @@ class DirectCalls:
     def __init__(self, direct: Direct, index: int) -> None:
         self._direct, self._index = direct, index
 
-    def add(self, steps: int, tensors: Sequence[Tensor | None], results: Sequence[ResultSpec], kernel: BoundCall) -> None:
-        """A later call with operands of the sizes and strides of `tensors` runs `kernel` on them and on new `results`."""
-        if len(kernel.pointers) > 2 * MOST_TENSORS or any(r.is_large for r in results):  # (large: `lowering/result_memory`)
+    def add(
+        self,
+        steps: int,
+        tensors: Sequence[Tensor | None],
+        results: Sequence[ResultSpec],
+        kernel: BoundCall,
+        copies: Mapping[int, int] = MappingProxyType({}),
+    ) -> None:
+        """See `lowering.launch.DirectCalls`."""
+        if len(kernel.pointers) > 2 * MOST_TENSORS:
             return
+        if any(r.is_large for r in results):
+            result_memory.blocks.clear()  # (later calls take theirs from `large_results`)
         key = [torch.get_num_threads(), steps]
         for tensor in tensors:
             key += (-1,) if tensor is None else (tensor.dim(), *tensor.shape, *tensor.stride())
         numbers = [len(key), *key, len(results)]
         for result in results:
-            numbers += (self._direct.torch.dtype(result.dtype), len(result.size), *result.size, *result.stride)
-        numbers += (kernel.address, len(kernel.pointers), *(n for pair in kernel.pointers for n in pair))
-        numbers += (kernel.scratch, *kernel.numbers)
+            numbers += (self._direct.torch.dtype(result.dtype), result.nbytes if result.is_large else 0)
+            numbers += (len(result.size), *result.size, *result.stride)
+        numbers += (kernel.address, kernel.scratch, sum(map(_padded, copies.values())), len(kernel.pointers))
+        for i, (position, offset) in enumerate(kernel.pointers):
+            numbers += (position, offset, copies.get(i, 0))
+        numbers += kernel.numbers
         self._direct.library.add_launch(self._index, (ctypes.c_int64 * len(numbers))(*numbers), len(numbers))
 
 
@@ -281,6 +334,10 @@ class Direct:
             return None
         self._check(self.torch.library.aoti_torch_library_impl(self._cpu, op.encode(), ctypes.c_void_p(function)))
         return DirectCalls(self, index)
+
+    def forget(self) -> None:
+        """Python is asked about every call again."""
+        self.library.forget_launches()
 
     def in_python(self, run: Callable[..., Any], fake: Callable[..., Any], results: int) -> Callable[..., Any]:
         """`run`, for C++ to call: no exception passes it. Its words do, and an interrupt comes again afterwards."""

@@ -104,6 +104,8 @@ class SteppedRecurrence(Signature):
     step_backward: fx.GraphModule | None = None
     location: str = ""
     meta: dict = field(default_factory=dict)
+    #: by direction: who answers later calls without Python (`lowering.launch.DirectCalls`)
+    direct: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def shared(self) -> tuple[int | None, ...]:
