@@ -6,7 +6,8 @@ The copy is of the graph's own making, so its writes become values (`passes/func
 one like any other. And gradients are right: AOTAutograd may keep the buffer itself for the backward (torch 2.11 to 2.15), or
 compute a value from it there once more, when it holds the new state; the result of `keep` is kept.
 
-Does not fire: integers; buffers that want a gradient, that share memory with another input, or a view of which is a result.
+Does not fire: integers; buffers that want a gradient, that share memory with another input, or a view of which is a result, but
+for the buffer itself (``self.v *= 0.9`` makes it one) and ``self.v.detach()``.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ KEEP = torch.ops.snn_compile_memory.keep.default
 
 def work_on_copies(graph: fx.Graph) -> int:
     """Rewrite `graph` (torch-level, with examples) in place; gives how many inputs are copied."""
+    _return_inputs_themselves(graph)
     first = next((n for n in graph.nodes if n.op not in ("placeholder", "get_attr")), None)
     order = {n: i for i, n in enumerate(graph.nodes)}
     sharing: dict[int | None, list[fx.Node]] = defaultdict(list)
@@ -53,6 +55,29 @@ def work_on_copies(graph: fx.Graph) -> int:
     return count
 
 
+def _return_inputs_themselves(graph: fx.Graph) -> None:
+    """``self.v *= 0.9`` makes what the op gives the new attribute, so a result of the graph; it is the buffer itself."""
+    output = graph.output_node()
+    for result in output.all_input_nodes:
+        node = _written_itself(result)
+        if node.op == "placeholder":
+            output.replace_input_with(result, node)
+
+
+def _written_itself(node: fx.Node) -> fx.Node:
+    """The tensor that an op in place was given, which it gives."""
+    while is_write(node) and _is_same_tensor(node, node.args[0]):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _is_same_tensor(node: fx.Node, other: object) -> bool:
+    a, b = example(node), example(other) if isinstance(other, fx.Node) else None
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or storage_key(node) != storage_key(other):  # type: ignore[arg-type]
+        return False
+    return a.shape == b.shape and a.stride() == b.stride() and a.storage_offset() == b.storage_offset()
+
+
 def _is_buffer(value: object) -> bool:
     if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
         return False
@@ -65,7 +90,7 @@ def _may_be_copied(given: fx.Node, names: list[fx.Node], order: dict[fx.Node, in
     `names`: all nodes in its memory.
     """
     readers = sorted({u for n in names for u in n.users}, key=order.__getitem__)
-    if any(u.op == "output" for n in names if n is not given for u in n.users):
+    if any(u.op == "output" for n in names if n is not given and not _is_detached(n, given) for u in n.users):
         return False
     reads = [u for u in readers if u.op != "output"]
     first = next((i for i, u in enumerate(reads) if is_write(u) and not set(names).isdisjoint(written(u))), None)
@@ -73,8 +98,15 @@ def _may_be_copied(given: fx.Node, names: list[fx.Node], order: dict[fx.Node, in
     return first is not None and (torch.is_grad_enabled() or first + 1 < len(reads))
 
 
+def _is_detached(node: fx.Node, given: fx.Node) -> bool:
+    """``self.v = self.v.detach()``"""
+    is_detach = node.target in ("detach", torch.detach, torch.Tensor.detach)
+    return is_detach and _is_same_tensor(node, given) and _written_itself(node.args[0]) is given  # type: ignore[arg-type]
+
+
 def _copy(graph: fx.Graph, given: fx.Node, names: list[fx.Node], first: fx.Node) -> None:
     output = graph.output_node()
+    detached = [n for n in output.all_input_nodes if _is_detached(n, given)]
     with graph.inserting_before(first):
         is_kept = torch.is_grad_enabled()
         copy = emit(graph, "call_function" if is_kept else "call_method", KEEP if is_kept else "clone", (given,), {})
@@ -84,3 +116,5 @@ def _copy(graph: fx.Graph, given: fx.Node, names: list[fx.Node], first: fx.Node)
             node.meta["example_value"] = example(node.args[0]) if is_write(node) else evaluate(node)
     with graph.inserting_before(output):
         graph.call_method("copy_", (given, copy)).meta = {"example_value": example(given)}
+        for result in detached:
+            output.replace_input_with(result, emit(graph, "call_method", "detach", (given,), {}))

@@ -67,6 +67,32 @@ class StateIsWrittenInEveryStep(Buffers):
         return torch.stack(out)
 
 
+class StateIsAugmented(Buffers):
+    """What ``*=`` gives becomes the attribute, and so a result of the graph."""
+
+    def forward(self, a):
+        out = []
+        for t in range(a.shape[0]):
+            self.v *= self.beta.detach()
+            self.v += a[t] * self.beta
+            s = Spike.apply(self.v - self.threshold)
+            self.v -= s
+            out.append(s)
+        state, self.v = self.v * 2.0, self.v.detach()
+        return torch.stack(out), state
+
+
+class StateIsAugmentedWithoutGradients(Buffers):
+    def forward(self, a):
+        out = []
+        for t in range(a.shape[0]):
+            self.v *= 0.5
+            with torch.no_grad():
+                self.v += a[t]
+            out.append(Spike.apply(self.v + a[t] * self.beta - 0.5))
+        return torch.stack(out)
+
+
 class ParameterIsBounded(Buffers):
     def forward(self, a):
         s, _ = self.loop(a, torch.zeros_like(a[0]), self.beta)
@@ -103,6 +129,8 @@ MODULES = (
     StateIsCopiedBack,
     StateIsAssignedBack,
     StateIsWrittenInEveryStep,
+    StateIsAugmented,
+    StateIsAugmentedWithoutGradients,
     ParameterIsBounded,
     BufferIsReturned,
     ResultIsWrittenThroughAView,
