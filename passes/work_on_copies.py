@@ -39,7 +39,7 @@ KEEP = torch.ops.snn_compile_memory.keep.default
 
 def work_on_copies(graph: fx.Graph) -> int:
     """Rewrite `graph` (torch-level, with examples) in place; gives how many inputs are copied."""
-    _return_inputs_themselves(graph)
+    _name_once(graph)
     first = next((n for n in graph.nodes if n.op not in ("placeholder", "get_attr")), None)
     order = {n: i for i, n in enumerate(graph.nodes)}
     sharing: dict[int | None, list[fx.Node]] = defaultdict(list)
@@ -55,25 +55,22 @@ def work_on_copies(graph: fx.Graph) -> int:
     return count
 
 
-def _return_inputs_themselves(graph: fx.Graph) -> None:
-    """``self.v *= 0.9`` makes what the op gives the new attribute, so a result of the graph; it is the buffer itself."""
-    output = graph.output_node()
-    for result in output.all_input_nodes:
-        node = _written_itself(result)
-        if node.op == "placeholder":
-            output.replace_input_with(result, node)
+def _name_once(graph: fx.Graph) -> None:
+    """What an op in place gives is what it was given; of memory from outside, a carried name would look like a value.
+
+    c_1 = c += 1; c_2 = c_1 += 1; return c_2      ->      c += 1; c += 1; return c
+    """
+    outside = {storage_key(n) for n in graph.nodes if n.op in ("placeholder", "get_attr")} - {None}
+    for node in graph.nodes:
+        if is_write(node) and storage_key(node) in outside:
+            operands = written(node)
+            if len(operands) == 1 and _is_same_tensor(node, operands[0]):
+                node.replace_all_uses_with(operands[0])
 
 
-def _written_itself(node: fx.Node) -> fx.Node:
-    """The tensor that an op in place was given, which it gives."""
-    while is_write(node) and _is_same_tensor(node, node.args[0]):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
-
-
-def _is_same_tensor(node: fx.Node, other: object) -> bool:
-    a, b = example(node), example(other) if isinstance(other, fx.Node) else None
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or storage_key(node) != storage_key(other):  # type: ignore[arg-type]
+def _is_same_tensor(node: fx.Node, other: fx.Node) -> bool:
+    a, b = example(node), example(other)
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or storage_key(node) != storage_key(other):
         return False
     return a.shape == b.shape and a.stride() == b.stride() and a.storage_offset() == b.storage_offset()
 
@@ -100,8 +97,7 @@ def _may_be_copied(given: fx.Node, names: list[fx.Node], order: dict[fx.Node, in
 
 def _is_detached(node: fx.Node, given: fx.Node) -> bool:
     """``self.v = self.v.detach()``"""
-    is_detach = node.target in ("detach", torch.detach, torch.Tensor.detach)
-    return is_detach and _is_same_tensor(node, given) and _written_itself(node.args[0]) is given  # type: ignore[arg-type]
+    return node.target in ("detach", torch.detach, torch.Tensor.detach) and node.args[0] is given
 
 
 def _copy(graph: fx.Graph, given: fx.Node, names: list[fx.Node], first: fx.Node) -> None:

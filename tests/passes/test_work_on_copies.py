@@ -268,3 +268,25 @@ def test_inputs_that_share_memory_are_left_alone():
 
     captured = capture(f, x().detach(), whole[:3], whole)
     assert work_on_copies(captured.gm.graph) == 0
+
+
+@pytest.mark.parametrize("kind", ("unread", "read", "returned", "a view"))
+def test_counters_are_memory_by_whatever_name(kind):
+    """``c += 1`` gives `c`, a name for memory from outside: carried as a value, the writes would be lost."""
+
+    def f(a, count):
+        v, out, c = torch.zeros_like(a[0]), [], count[0] if kind == "a view" else count
+        for t in range(a.shape[0]):
+            v = v * 0.5 + a[t]
+            s = (v > 0.5).float()
+            v = v - s
+            c += 1
+            out.append(s)
+        return torch.stack(out), *((count * 2,) if kind == "read" else (c,) if kind == "returned" else ())
+
+    given = [torch.zeros(3, 5, dtype=torch.int32) for _ in range(2)]
+    torch._dynamo.reset()
+    for _ in range(2):
+        expected, got = (g(x().detach(), count) for g, count in zip((f, torch.compile(f, backend=snn)), given, strict=True))
+        assert all(torch.equal(p, q) for p, q in zip(expected, got, strict=True))
+        assert given[0].any() and torch.equal(*given)
