@@ -120,7 +120,7 @@ def _places(operands: Sequence[tuple[Operand, bool]], tensors: Sequence[Tensor |
     for operand, may_be_zero in operands:
         value = operand.tensor if operand.copied is None else operand.copied
         start = value.untyped_storage().data_ptr()
-        is_one_number = operand.copied is not None and not any(value.stride())
+        is_one_number = operand.copied is not None and not operand.timed and not any(value.stride())
         copies = operand.tensor.untyped_storage().nbytes() // value.element_size() if is_one_number else 0
         if start in known and (operand.copied is None or is_one_number):
             tensor = starts.index(start)

@@ -162,6 +162,22 @@ def test_numbers_in_place_of_tensors(calls, shape, layout):
     compare(calls, Spikes(shape[2]), layout(torch.randn(shape) + 0.3), torch.randn(shape[1:]), asked)
 
 
+class Total(nn.Module):
+    """The cotangent of the spikes is one number, and read from its end."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.layer = LAYERS["back in time"](channels)
+
+    def forward(self, x, v):
+        y, last = self.layer(x, v)
+        return y.sum().reshape(1), last
+
+
+def test_a_cotangent_of_one_number(calls):
+    compare(calls, Total(7), torch.randn(5, 3, 7, 3, 5) + 0.3, torch.randn(3, 7, 3, 5), asked=(1, None))
+
+
 def test_operands_that_share_memory(calls):
     """They may not in another call: what Python finds of one that shares is not remembered."""
     eager, x, other = Layer(7), torch.randn(5, 3, 7, 3, 5), torch.randn(3, 7, 3, 5)
