@@ -227,11 +227,10 @@ class Graph:
                 break
             if self._holds(positions, i, slot, column):
                 continue
-            if (
-                column.kind == "distance"
-                and positions[i] - column.distance < start
-                and self._is_initial(positions[i], slot, start)
-            ):
+            # (an initial value, where the producer's place is before the run; what is there may only look like it)
+            after = max(start, positions[i] - column.distance + 1)
+            if column.kind == "distance" and self._is_initial(positions[i], slot, after):
+                start = after
                 continue
             start = max(start, positions[i] + 1)
             break

@@ -11,9 +11,9 @@ and so where slots are ranges: ``v, i = state.chunk(2, 1); v.mul_(0.9)``, ``stat
 `passes/functionalize` makes values of the writes then, and each slot is a state like any other. What a slot gives is the memory
 itself before and after, so that a later write shows in it as it did.
 
-Fires where the tensor is made in the graph, every use of it before the last write is a read or a write of a slot - a number, or
-one of several ranges that do not overlap, along one dim -, and some slot is written into twice or in part (else it is a record,
-`out[t] = s`).
+Fires where the tensor is made in the graph, every use of it from the first slot to the last write is a read or a write of a slot
+- a number, or one of several ranges that do not overlap, along one dim -, and some slot is written into twice or in part (else it
+is a record, `out[t] = s`). A buffer is made in the graph once `passes/work_on_copies` has copied it.
 
 Does not fire: slots that are results beside the whole, views of slots, masks of the whole, numbers that vary, slots that are
 read without gradients and used with them.
@@ -33,6 +33,7 @@ from snn_compile.passes.emit import emit
 from snn_compile.passes.functionalize import is_alias
 from snn_compile.passes.hoist_creations import LIKE
 from snn_compile.passes.parts import Part, indexed, part_of
+from snn_compile.passes.work_on_copies import is_copy_of_buffer
 
 #: They read no memory of the tensor that they are given.
 CREATIONS = {*LIKE, torch.empty, torch.empty_like, "new_full", "new_empty"}
@@ -71,6 +72,8 @@ class _Slots:
         self.several: list[fx.Node] = []
         self.whole: list[fx.Node] = []
         self.is_result = False
+        #: ``state.zero_()`` before the first slot is read
+        self.early: list[fx.Node] = []
 
     def bounds(self) -> list[Bounds] | None:
         """All slots in order, those between them that nobody uses, too; None where they are no slots."""
@@ -82,13 +85,14 @@ class _Slots:
         if self.is_step:
             found = [(k, k + 1) for k in range(size)] if size - len(used) <= MOST_UNUSED else []
         # (of what was computed, ``v[0] *= 2`` is a write into a part)
-        return found if found == used or (found and self.node.target in CREATIONS) else None
+        return found if found == used or (found and (self.node.target in CREATIONS or is_copy_of_buffer(self.node))) else None
 
     def _start(self, at: Bounds) -> fx.Node:
         graph = self.node.graph
         index = (*[slice(None)] * self.dim, at[0] if self.is_step else slice(*at))
         part = emit(graph, "call_function", operator.getitem, (self.node, index), {})
-        number = LIKE[self.node.target](self.node) if self.node.target in LIKE else None  # type: ignore[index]
+        is_filled = self.node.target in LIKE and not any(map(is_write, self.early))
+        number = LIKE[self.node.target](self.node) if is_filled else None  # type: ignore[index]
         if isinstance(number, (int, float)):
             return emit(graph, "call_function", torch.full_like, (part, number), {})
         return emit(graph, "call_method", "clone", (part,), {})
@@ -101,7 +105,7 @@ class _Slots:
     def replace(self) -> None:
         graph, bounds = self.node.graph, self.bounds()
         assert bounds is not None
-        with graph.inserting_before(self.node.next):
+        with graph.inserting_before((self.early or [self.node])[-1].next):
             slots = {at: self._start(at) for at in bounds}
         for at, slot in slots.items():  # (as the example of a tensor is after all writes)
             slot.meta["example_value"] = wanting_grad(example(slot), self._written_into(at))
@@ -142,8 +146,13 @@ def _slots_of(node: fx.Node, touching: list[fx.Node]) -> _Slots | None:
     last = max(i for i, n in enumerate(touching) if any(storage_key(w) == storage_key(node) for w in written(n)))
     full: set[Bounds] = set()
     is_record = True
-    for position, user in enumerate(touching):
-        at = _take(slots, user, position > last) if user is not node else ()
+    place = next(i for i, user in enumerate(touching) if _is_of_slots(user, node))
+    slots.early = [user for user in touching[:place] if user is not node]
+    later = set(touching[place:])
+    if any(storage_key(n) == storage_key(node) and not later.isdisjoint(n.users) for n in slots.early):
+        return None  # a view of the whole, made before
+    for position, user in enumerate(touching[place:], place):
+        at = _take(slots, user, position > last)
         if at is None:
             return None
         if at and is_write(user):
@@ -151,6 +160,11 @@ def _slots_of(node: fx.Node, touching: list[fx.Node]) -> _Slots | None:
             full.add(at)
     shares = any(user.op == "output" or storage_key(user) == storage_key(node) for user in slots.whole)
     return None if is_record or (slots.is_result and shares) or slots.bounds() is None else slots
+
+
+def _is_of_slots(user: fx.Node, node: fx.Node) -> bool:
+    several = node in user.all_input_nodes and user.users and all(_slot(u, node) is not None for u in user.users)
+    return bool(several) or _slot(user, node) is not None
 
 
 def _take(slots: _Slots, user: fx.Node, is_behind: bool) -> Bounds | tuple[()] | None:
@@ -166,13 +180,13 @@ def _take(slots: _Slots, user: fx.Node, is_behind: bool) -> Bounds | tuple[()] |
     held = [slots.aliases[i] for i in user.all_input_nodes if i in slots.aliases]
     if node in user.all_input_nodes and user.target in CREATIONS:
         return ()
-    if node in user.all_input_nodes and user.users and all(_slot(u, node) is not None for u in user.users):
+    if _is_of_slots(user, node):
         slots.several.append(user)
         return ()
     slots.is_result = slots.is_result or bool(held and user.op == "output")
     if node in user.all_input_nodes:  # of the whole
         slots.whole.append(user)
-        return () if is_behind and not is_write(user) else None
+        return () if is_behind else None
     if not held or user.op == "output":
         return () if is_behind else None
     if storage_key(user) != storage_key(node):

@@ -23,18 +23,29 @@ def views_of_inputs(graph: fx.Graph) -> int:
         return 0
     output, count = graph.output_node(), 0
     for result in output.all_input_nodes:
-        views = views_back(result)
-        source = views.pop()
-        if not views or source.op != "placeholder" or not all(_is_view_of_one(n, source) for n in views):
-            continue
-        anew: dict[fx.Node, fx.Node] = {}
-        with graph.inserting_before(output):
-            for node in reversed(views):
-                anew[node] = graph.node_copy(node, lambda n, anew=anew: anew.get(n, n))  # (of `unbind`: the same one)
-                anew[node].meta["example_value"] = evaluate(anew[node])
-        output.replace_input_with(result, anew[result])
-        count += 1
+        if (views := views_of_input(result)) is not None:
+            output.replace_input_with(result, taken_anew(views, output))
+            count += 1
     return count
+
+
+def views_of_input(result: fx.Node) -> list[fx.Node] | None:
+    """The views, from the result back to the first one, by which it is made of an input of the graph; None where it is not."""
+    views = views_back(result)
+    source = views.pop()
+    if not views or source.op != "placeholder" or not all(_is_view_of_one(n, source) for n in views):
+        return None
+    return views
+
+
+def taken_anew(views: list[fx.Node], before: fx.Node) -> fx.Node:
+    """What `views_of_input` has found, once more, before that node."""
+    anew: dict[fx.Node, fx.Node] = {}
+    with before.graph.inserting_before(before):
+        for node in reversed(views):
+            anew[node] = before.graph.node_copy(node, lambda n: anew.get(n, n))  # (of `unbind`: the same one)
+            anew[node].meta["example_value"] = evaluate(anew[node])
+    return anew[views[0]]
 
 
 def _is_view_of_one(node: fx.Node, source: fx.Node) -> bool:

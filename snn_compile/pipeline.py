@@ -157,10 +157,10 @@ def _run_passes(work: fx.GraphModule, config: Config) -> Report:
     report.rejections += refused
     counters["snn_compile"]["ops_decomposed"] += decomposed
     write_out(work.graph)
-    split_slots(work.graph)
-    unwrap_steps(work)
     views_of_inputs(work.graph)
     work_on_copies(work.graph)
+    split_slots(work.graph)
+    unwrap_steps(work)
     inline_detached(work)
     merge_views(work.graph)
     index_steps(work)

@@ -167,8 +167,8 @@ def spike(u: Tensor) -> Tensor:
 
 
 class _Writer:
-    def __init__(self, rng: random.Random) -> None:
-        self.rng, self.lines, self.depth = rng, [], 1
+    def __init__(self, rng: random.Random, steps: int) -> None:
+        self.rng, self.lines, self.depth, self.steps = rng, [], 1, steps
         self.series: list[str] = []
         self.fresh = 0
 
@@ -238,7 +238,10 @@ class _Writer:
         rng, name = self.rng, self.name("slots")
         along = rng.choice(("{n}, *x.shape[1:]", "{n}, *x.shape[1:]", "x.shape[1], {n}, *x.shape[2:]"))
         start = rng.choice(("x.new_zeros({s})", "torch.zeros({s}, dtype=x.dtype)", "torch.full(({s},), 0.25, dtype=x.dtype)"))
-        self.line(f"{name} = {start.format(s=along.format(n=count + rng.randint(0, 1)))}")
+        is_given = along.startswith("{n}") and count <= self.steps and rng.random() < 0.3  # (a buffer)
+        self.line(f"{name} = {'mem' if is_given else start.format(s=along.format(n=count + rng.randint(0, 1)))}")
+        if rng.random() < 0.2:
+            self.line(f"{name}.mul_(0.5)")
         return [f"{name}[{':, ' * along.startswith('x')}{k}]" for k in range(count)]
 
     def packed(self, states: list[str]) -> tuple[str, str]:
@@ -276,7 +279,8 @@ class _Writer:
 def source(seed: int) -> tuple[str, int]:
     """The text of ``f(x, y, k, b, buf, mem)``, and T."""
     rng = random.Random(seed)
-    steps, writer = rng.choice((2, 3, 4, 5, 5, 6, 8)), _Writer(rng)
+    steps = rng.choice((2, 3, 4, 5, 5, 6, 8))
+    writer = _Writer(rng, steps)
     writer.line(f"T = {steps}")
     size = rng.choice(("T, *x.shape[1:]", "T, *x.shape[1:]", "T, T, *x.shape[1:]"))
     writer.line(f"made = x.new_zeros({size}){'[0]' if size.startswith('T, T') else ''}")

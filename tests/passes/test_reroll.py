@@ -113,6 +113,22 @@ def every_second_slice(a):
     return v
 
 
+def a_first_value_is_made_as_later_ones_are(a):
+    v, other = (a[0] * 0.25).clone(), (a[1] * 0.5).clone()
+    out = []
+    for t in range(a.shape[0]):
+        h = v * 0.5 + a[t]
+        s = Spike.apply(h - 1.0)
+        v = (h - s).clone()
+        out.append(s)
+    return torch.stack(out), torch.stack([v, other])
+
+
+def test_what_looks_like_a_first_value_but_is_not_is_outside():
+    loops = rerolled(a_first_value_is_made_as_later_ones_are, x()).loops()
+    assert [(loop.length, len(loop.carries)) for _, loop in loops if loop.carries] == [(6, 1)]
+
+
 LOOPS = {
     leaky: [6],
     backwards: [6],

@@ -135,6 +135,16 @@ def written_without_gradients(a):
     return torch.stack(out), state
 
 
+def filled_as_a_whole(a):
+    states, out = torch.ones(2, *a.shape[1:]), []
+    states.mul_(0.5).add_(states)
+    for t in range(a.shape[0]):
+        states[0].mul_(0.5).add_(a[t])
+        states[1] = states[1] * 0.9 + Spike.apply(states[0] - 1.0)
+        out.append(states[1] * 1.0)
+    return torch.stack(out), states
+
+
 SPLIT = (
     two_layers,
     along_another_dim,
@@ -147,6 +157,7 @@ SPLIT = (
     unbound_once,
     gates,
     written_without_gradients,
+    filled_as_a_whole,
 )
 COUNTS = {records_that_are_corrected: 2, gates: T}
 #: eager does not write into the pieces of a tensor that wants a gradient
@@ -210,6 +221,13 @@ def a_whole_before_a_write(a, mem):
     mem[0] += a[0]
 
 
+def a_view_of_the_whole(a, mem):
+    flat = mem.view(-1)
+    mem[0] += a[0]
+    mem[0] *= 0.5
+    a[0].mul_(flat.sum())
+
+
 def a_view_of_a_slot(a, mem):
     mem[0] += a[0]
     mem[0].t()[0] += 1.0
@@ -248,6 +266,7 @@ NEAR_MISSES = (
     a_part_of_a_slot,
     slots_of_two_dims,
     a_whole_before_a_write,
+    a_view_of_the_whole,
     a_view_of_a_slot,
     a_slot_read_without_gradients,
     ranges_that_overlap,

@@ -82,6 +82,52 @@ class StateIsAugmented(Buffers):
         return torch.stack(out), state
 
 
+class TwoStatesInOneBuffer(Buffers):
+    """Slots: ``self.state[0] *= 0.7``, of which one is given back, and behind it the other one's last value."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("state", torch.full((2, 3, 5), 0.25))
+
+    def forward(self, a):
+        out = []
+        for t in range(a.shape[0]):
+            self.state[0] *= 0.5
+            self.state[0] += a[t] * self.beta
+            self.state[1] = self.state[1] * 0.5 + self.state[0]
+            s = Spike.apply(self.state[1] - self.threshold)
+            self.state[1] -= s
+            out.append(s)
+        s = torch.stack(out), self.state[1]
+        self.state = self.state.detach()
+        return s
+
+
+class OneOfTwoStatesIsUsed(TwoStatesInOneBuffer):
+    def forward(self, a):
+        self.state.fill_(0.5)
+        out = []
+        for t in range(a.shape[0]):
+            self.state[:, 1].mul_(0.5).add_(a[t][:2].detach())
+            s = (self.state[:, 1] > 1.0).to(a.dtype)
+            self.state[:, 1].sub_(s)
+            out.append(s * self.beta - a[t][:2])
+        return torch.stack(out)
+
+
+class StatesAreUnbound(TwoStatesInOneBuffer):
+    def forward(self, a):
+        v, i = self.state
+        out = []
+        for t in range(a.shape[0]):
+            i.mul_(0.5).add_(a[t].detach())
+            v.mul_(0.5).add_(i)
+            s = v > 0.5
+            v.masked_fill_(s, 0.0)
+            out.append(torch.where(s, self.beta, a[t]))
+        return torch.stack(out)
+
+
 class StateIsAugmentedWithoutGradients(Buffers):
     def forward(self, a):
         out = []
@@ -130,6 +176,9 @@ MODULES = (
     StateIsAssignedBack,
     StateIsWrittenInEveryStep,
     StateIsAugmented,
+    TwoStatesInOneBuffer,
+    OneOfTwoStatesIsUsed,
+    StatesAreUnbound,
     StateIsAugmentedWithoutGradients,
     ParameterIsBounded,
     BufferIsReturned,
@@ -218,14 +267,33 @@ def test_one_write_is_left():
     assert [n.target for n in captured.gm.graph.nodes if is_write(n)] == ["copy_"]
 
 
+def test_a_view_that_is_returned_is_one_of_the_buffer():
+    def f(a, v):
+        row = v[1].t()
+        v.mul_(0.5).add_(a[0])
+        return row, row.detach()[2:]
+
+    captured = capture(f, x().detach(), torch.ones(3, 5))
+    assert captured.check(lambda gm: work_on_copies(gm.graph)) == 1
+    results, _, given = captured.run()
+    memory = [r.untyped_storage().data_ptr() for r in results]
+    assert len(memory) == 2 and len({*memory}) == 1 and memory[0] in [i.data_ptr() for i in given]
+
+
 def of_integers(a, count):
     count.add_(1)
     return a * count
 
 
-def a_view_is_returned(a, v):
+def a_piece_is_returned(a, v):
     v.add_(a[0])
-    return v[0]
+    return v.unbind(0)[0]
+
+
+def a_view_without_gradients_is_returned(a, v):
+    v.add_(a[0])
+    with torch.no_grad():
+        return v[0]
 
 
 def a_parameter(a, p):
@@ -238,7 +306,8 @@ def a_parameter(a, p):
     ("function", "given"),
     [
         (of_integers, torch.zeros((), dtype=torch.int64)),
-        (a_view_is_returned, torch.ones(3, 5)),
+        (a_piece_is_returned, torch.ones(3, 5)),
+        (a_view_without_gradients_is_returned, torch.ones(3, 5)),
         (a_parameter, nn.Parameter(torch.ones(5))),
     ],
     ids=lambda v: getattr(v, "__name__", ""),
